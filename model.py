@@ -1,10 +1,807 @@
-"""What the stages share: faces, the gray network, data, training, inference, checkpoints, command line."""
+"""What the stages share: faces, the gray network, data, training, inference, checkpoints, command line.
 
+The parts stand in the order in which data flows through them. A script imports from here and from nowhere
+else in the project.
+"""
+
+import argparse
 import functools
+import io
+import json
+import math
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
+DEFAULT_MODEL = Path(__file__).parent / "resources" / "emotion_resnet50.pt"
+
+IMAGE_SIZE = 64  # pixels, side of the network's input: measured best trade of accuracy and time on two cores
+# Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
+# faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
+CROP_MARGIN = 0.0
+
+# torchvision's statistics of ImageNet, channels R, G, B, for values in 0-1.
+COLOR_MEAN, COLOR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GRAY_MEAN, GRAY_STD = 0.449, 0.226  # their means over the channels
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
+
+
+# --- faces ---
+
+
+class Faces(NamedTuple):
+    """N faces of one image, N may be 0."""
+
+    boxes: np.ndarray  # (N, 4) float32, left, top, right, bottom in pixels
+    probs: np.ndarray  # (N,) float32, the detector's confidence, 0-1
+    landmarks: (
+        np.ndarray
+    )  # (N, 5, 2) float32, x and y: left eye, right eye, nose, left and right mouth corner
+
+
+class FaceFinder:
+    """MTCNN with facenet-pytorch's weights, made regular: it always returns arrays.
+
+    Source: Zhang et al. 2016, "Joint Face Detection and Alignment Using Multitask Cascaded Convolutional
+    Networks".
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", min_face_size: int = 20, min_prob: float = 0.9):
+        from facenet_pytorch import MTCNN  # noqa: PLC0415 (half a second that training does not need)
+
+        self.min_face_size = min_face_size  # pixels
+        self.min_prob = min_prob
+        self._mtcnn = MTCNN(keep_all=True, min_face_size=min_face_size, device=device)
+
+    def find(self, image: Image.Image) -> Faces:
+        """Find the faces of an RGB image that are at least `min_prob` sure, the surest first."""
+        boxes = None
+        if min(image.size) >= self.min_face_size:  # else MTCNN has no scale to search and raises
+            boxes, probs, landmarks = self._mtcnn.detect(image, landmarks=True)
+        if boxes is None:
+            return Faces(
+                np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty((0, 5, 2), np.float32)
+            )
+        order = np.argsort(-probs.astype(np.float32), kind="stable")
+        order = order[probs[order] >= self.min_prob]
+        return Faces(*(np.asarray(part, np.float32)[order] for part in (boxes, probs, landmarks)))
+
+
+def crop_faces(image: Image.Image, boxes: np.ndarray, margin: float) -> list[Image.Image]:
+    """Cut a square around each box; N boxes give N crops, in the image's mode.
+
+    The square's side is the box's longer side times (1 + margin). It is moved, and if need be shrunk, until
+    it lies inside the image, so a crop never has made-up pixels and its aspect ratio never changes.
+
+    Args:
+        boxes: (N, 4) xyxy in pixels, may reach over the image's edge.
+        margin: share of the longer side, 0 or more.
+
+    Raises:
+        ValueError: a box does not overlap the image.
+    """
+    crops = []
+    for left, top, right, bottom in boxes:
+        if min(right, image.width) <= max(left, 0) or min(bottom, image.height) <= max(top, 0):
+            raise ValueError(
+                f"box {left, top, right, bottom} lies outside the {image.width}x{image.height} image"
+            )
+        side = max(right - left, bottom - top) * (1 + margin)
+        side = int(min(max(round(side), 1), *image.size))
+        x = int(min(max(round((left + right - side) / 2), 0), image.width - side))
+        y = int(min(max(round((top + bottom - side) / 2), 0), image.height - side))
+        crops.append(image.crop((x, y, x + side, y + side)))
+    return crops
+
+
+# --- network ---
+
+# resnet50_v1 has the stride where the original paper has it, on the first 1x1 convolution of a stage
+# (He et al. 2015; weights converted from Caffe want this). torchvision's resnet50 has it on the 3x3.
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet50_v1")
+
+
+class GrayStem(nn.Conv2d):
+    """One-channel first convolution that can equal a colour one exactly, up to the image's border.
+
+    A normalised colour convolution is affine in the gray value; its constant part is smaller where the kernel
+    overlaps the zero padding, so one bias a channel cannot express it. `offset` is that part as a kernel: it
+    is convolved with an image of ones.
+    """
+
+    def __init__(self, out_channels: int):
+        super().__init__(1, out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+        self.offset = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 1, H, W) -> (N, out_channels, H/2, W/2)
+        """Convolve the images and add the constant part."""
+        constant = F.conv2d(
+            torch.ones_like(images[:1]), self.offset, stride=self.stride, padding=self.padding
+        )
+        return super().forward(images) + constant
+
+
+def color_resnet(arch: str) -> nn.Module:
+    """Build torchvision's ResNet for normalised RGB images, 1000 classes, with random weights."""
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}, expected one of {', '.join(ARCHS)}")
+    model = torchvision.models.get_model(arch.removesuffix("_v1"), weights=None)
+    if arch.endswith("_v1"):
+        for stage in (model.layer2, model.layer3, model.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    return model
+
+
+def gray_resnet(arch: str, num_classes: int) -> nn.Module:
+    """Build a ResNet for normalised gray images (N, 1, H, W), with random weights.
+
+    With `num_classes` 0 it has no head: it maps images to embeddings (N, D), D being 2048 for resnet50 and
+    512 for the smaller ones; else to logits (N, num_classes).
+    """
+    model = color_resnet(arch)
+    model.conv1 = GrayStem(model.conv1.out_channels)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    model.fc = nn.Linear(model.fc.in_features, num_classes) if num_classes else nn.Identity()
+    return model
+
+
+def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
+    """Let only the named children of `model` learn; `train_mode` keeps the rest's BatchNorm still as well.
+
+    Raises:
+        ValueError: the model has no child of that name.
+    """
+    children = dict(model.named_children())
+    for name in trained:
+        if name not in children:
+            raise ValueError(f"the network has no part {name!r}, expected some of: {', '.join(children)}")
+    for name, child in children.items():
+        child.requires_grad_(name in trained)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put `model` into train mode, except its frozen children, which stay in eval mode."""
+    model.train()
+    for child in model.children():
+        if not any(parameter.requires_grad for parameter in child.parameters()):
+            child.eval()
+
+
+# --- data ---
+
+
+def list_images(folder: Path, limit: int | None = None) -> list[Path]:
+    """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+
+    Raises:
+        ValueError: there are none.
+    """
+    extensions = set(Image.registered_extensions())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+    if not paths:
+        raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
+    if limit and limit < len(paths):
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    return paths
+
+
+def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Tensor:
+    """Read images into memory as one uint8 tensor (N, C, S, S); mode "L" has C = 1, "RGB" has 3.
+
+    Images are cut to their central square and resized to `size` pixels; without `size`, to the first one's
+    own. Several threads read.
+
+    Raises:
+        ValueError: a file is not a readable image.
+    """
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as file:
+                if size:
+                    file.draft(mode, (size, size))  # JPEG: decode no more pixels than needed
+                image = file.convert(mode)
+        except OSError as error:
+            raise ValueError(f"{path} is not a readable image ({error}); remove or replace it") from None
+        side = min(image.size)
+        x, y = (image.width - side) // 2, (image.height - side) // 2
+        target = size or side_of_first
+        if image.size != (target, target):
+            image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
+        return np.asarray(image).reshape(target, target, -1)
+
+    with Image.open(paths[0]) as first:
+        side_of_first = min(first.size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        arrays = list(
+            tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
+        )
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def load_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Read `folder`/<class>/* as uint8 gray images (N, 1, S, S) and int64 labels (N,), indices of `classes`.
+
+    Raises:
+        ValueError: there are no images, or a class has no folder.
+    """
+    for name in classes:
+        if not (folder / name).is_dir():
+            raise ValueError(
+                f"{folder} has no folder {name!r}; expected one for each of {', '.join(classes)}"
+            )
+    paths = [path for path in list_images(folder) if path.parent.name in classes]
+    if limit and limit < len(paths):
+        paths = [paths[i * len(paths) // limit] for i in range(limit)]
+    labels = torch.tensor([classes.index(path.parent.name) for path in paths])
+    return load_images(paths, "L"), labels
+
+
+def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split range(n) at random into train and val; both get at least one."""
+    if n < 2:
+        raise ValueError(f"found {n} image, expected at least 2: one to learn from, one to judge by")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    num_val = min(max(round(n * val_fraction), 1), n - 1)
+    return order[num_val:], order[:num_val]
+
+
+def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Draw float32 values between `low` and `high`."""
+    return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def warp(
+    images: Tensor, size: int, generator: torch.Generator, *, degrees: float, shift: float, scale: float
+) -> Tensor:
+    """Mirror, turn, move and scale each image of a batch at random, in one resampling to `size` pixels.
+
+    Args:
+        images: (N, C, H, W) float, square.
+        degrees: largest rotation to either side.
+        shift: largest move along each axis, as a share of the side.
+        scale: largest relative change of size, 0.1 for 0.9-1.1.
+    """
+    n = len(images)
+    angle = torch.deg2rad(uniform((n,), -degrees, degrees, generator))
+    zoom = uniform((n,), 1 - scale, 1 + scale, generator)
+    mirror = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+    move = uniform((n, 2), -2 * shift, 2 * shift, generator)  # the grid's unit is half a side
+    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    theta = torch.stack(  # (N, 2, 3), from output to input coordinates
+        [torch.stack([cos * mirror, -sin, move[:, 0]], 1), torch.stack([sin * mirror, cos, move[:, 1]], 1)], 1
+    ).to(images.device)
+    grid = F.affine_grid(theta, [n, images.shape[1], size, size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Turn uint8 faces (N, 1, H, W) into varied, normalised network input (N, 1, size, size).
+
+    Coarsening (a seventh of the images), mirroring, rotation, shift, scaling, contrast, brightness, and
+    cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here, cover how detectors crop.
+    """
+    n, device = len(images), images.device
+    images = images.float() / 255
+    coarse = torch.rand(n, generator=generator) < 1 / 7
+    if coarse.any():
+        coarse_size = int(torch.randint(16, 40, (1,), generator=generator))
+        small = F.interpolate(images[coarse], coarse_size, mode="bilinear", antialias=True)
+        images[coarse] = F.interpolate(small, images.shape[-1], mode="bilinear", align_corners=False)
+    images = warp(images, size, generator, degrees=15, shift=0.08, scale=0.15)
+    contrast = uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
+    brightness = uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
+    means = images.mean((1, 2, 3), keepdim=True)
+    images = ((images - means) * contrast + means + brightness).clamp(0, 1)
+    images = (images - GRAY_MEAN) / GRAY_STD
+    center, half = uniform((n, 2, 1), 0, 1, generator), uniform((n, 2, 1), 0.1, 0.25, generator)
+    half *= torch.rand((n, 1, 1), generator=generator) < 0.5  # the other half stays whole
+    inside = (torch.linspace(0, 1, size) - center).abs() < half  # (N, 2, size)
+    hole = inside[:, 0, :, None] & inside[:, 1, None, :]
+    return images.masked_fill(hole[:, None].to(device), 0)
+
+
+def normalize_faces(images: Tensor, size: int) -> Tensor:
+    """Turn uint8 faces (N, 1, H, W) into normalised network input (N, 1, size, size), without chance."""
+    images = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True)
+    return (images - GRAY_MEAN) / GRAY_STD
+
+
+def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> Tensor:
+    """Draw an epoch's order, as many indices (N,) as labels, by systematic sampling.
+
+    A class of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes exactly once,
+    with 1 all classes come equally often. Images of a class differ in their number of draws by 1 at most.
+    """
+    n = len(labels)
+    shuffled = torch.randperm(n, generator=generator)
+    counts = torch.bincount(labels).double()
+    weights = counts[labels[shuffled]] ** -balance
+    positions = (torch.arange(n) + 0.5) / n * weights.sum()
+    drawn = torch.searchsorted(weights.cumsum(0), positions.double()).clamp(max=n - 1)
+    return shuffled[drawn][torch.randperm(n, generator=generator)]
+
+
+class FaceBatches:
+    """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
+
+    What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        image_size: int,
+        device: torch.device,
+        *,
+        balance: float = 0.0,
+        seed: int = 0,
+    ):
+        self.images, self.labels, self.device = images, labels, device
+        self.batch_size, self.image_size, self.balance, self.seed = batch_size, image_size, balance, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def describe(self, classes: Sequence[str]) -> str:
+        """Say how many images there are, and of which class."""
+        counts = torch.bincount(self.labels, minlength=len(classes)).tolist()
+        each = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        return f"{len(self)} images ({each})"
+
+    def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and labels (n,)."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
+            images = self.images[indices].to(self.device)
+            yield augment_faces(images, self.image_size, generator), self.labels[indices].to(self.device)
+
+    def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all faces once, in order, as they are."""
+        for images, labels in zip(
+            self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
+        ):
+            yield normalize_faces(images.to(self.device), self.image_size), labels.to(self.device)
+
+
+# --- training ---
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Run `model` in eval mode over all batches; return its outputs and the targets, (N, ...), on the CPU."""
+    model.eval()
+    outputs, targets = [], []
+    for inputs, target in batches:
+        with autocast(inputs.device):
+            outputs.append(model(inputs.contiguous(memory_format=torch.channels_last)).float().cpu())
+        targets.append(target.cpu())
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Mix in bfloat16 on CUDA; elsewhere it does not pay (CPUs without AMX compute it more slowly)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def learning_rate(progress: float, lr: float, warmup: float) -> float:
+    """Cosine schedule with linear warm-up; `progress` and `warmup` are shares of the run, 0-1."""
+    if progress < warmup:
+        return lr * progress / warmup
+    return lr * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+    """Build AdamW over what trains; biases and BatchNorm do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    )
+
+
+def fit(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    data: "FaceBatches",
+    validate: Callable[[nn.Module], dict[str, float]],
+    *,
+    best_by: str,
+    save: Callable[..., None],
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    ema: float = 0.0,
+    resume: dict | None = None,
+) -> list[dict]:
+    """Train `model` in place; return one record an epoch: epoch, lr, train_loss, `validate`'s, images_per_s.
+
+    Every stage runs this loop: they differ in data, criterion, `validate` and which parameters train.
+
+    Args:
+        criterion: (outputs, targets) -> scalar mean loss of a batch.
+        data: has `train(epoch)` -> batches of inputs and targets, and a length in images.
+        validate: returns figures by name; it gets the averaged weights when `ema` is on.
+        best_by: name of the figure that picks the best epoch, the higher the better.
+        save: `save(name, model, history, **training_state)` writes a checkpoint.
+        lr: peak; the first twentieth of the run warms up, then a cosine goes to 0.
+        ema: decay of the exponential moving average of the weights per step, 0 for none.
+        resume: the checkpoint `last` of a run with the same options.
+
+    Raises:
+        ValueError: the loss is not finite any more.
+    """
+    optimizer = build_optimizer(model, weight_decay)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    history = []
+    if resume:
+        history = resume["history"]
+        optimizer.load_state_dict(resume["optimizer"])
+        model.load_state_dict(resume["model"])
+        if averaged:
+            averaged.load_state_dict(resume["averaged"])
+    for epoch in range(len(history) + 1, epochs + 1):
+        train_mode(model)
+        start, seen, total_loss = time.perf_counter(), 0, 0.0
+        bar = tqdm(total=len(data), desc=f"epoch {epoch}/{epochs}", unit="image", disable=None, leave=False)
+        for inputs, targets in data.train(epoch):
+            current_lr = learning_rate((epoch - 1 + seen / len(data)) / epochs, lr, warmup=0.05)
+            for group in optimizer.param_groups:
+                group["lr"] = current_lr
+            with autocast(inputs.device):
+                loss = criterion(model(inputs.contiguous(memory_format=torch.channels_last)), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averaged:
+                averaged.update_parameters(model)
+            total_loss += loss.item() * len(inputs)
+            if not math.isfinite(total_loss):
+                raise ValueError(f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {lr}")
+            seen += len(inputs)
+            bar.update(len(inputs))
+            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
+        bar.close()
+        speed = seen / (time.perf_counter() - start)
+        judged = averaged.module if averaged else model
+        figures = validate(judged)
+        record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **figures}
+        history.append({**record, "images_per_s": speed})
+        print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
+        if figures[best_by] == max(past[best_by] for past in history):
+            save("best", judged, history)
+        state = {"averaged": averaged.state_dict()} if averaged else {}
+        save("last", model, history, optimizer=optimizer.state_dict(), **state)
+    return history
+
+
+def best_record(history: list[dict], best_by: str) -> dict:
+    """Return the record that `best` was saved with, the last of equals."""
+    return max(reversed(history), key=lambda record: record[best_by])
+
+
+def fit_classifier(
+    model: nn.Module,
+    train: FaceBatches,
+    val: FaceBatches,
+    out_dir: Path,
+    *,
+    label_smoothing: float,
+    about: dict,
+    **options: object,
+) -> dict:
+    """Train a classifier with `fit`, draw its curves, and return the best checkpoint, by validation accuracy.
+
+    Args:
+        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        about: what the checkpoint says of itself, see `checkpoint_writer`.
+        options: epochs, lr, weight_decay, ema and resume of `fit`.
+    """
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        logits, labels = evaluate(net, val.eval())
+        temperature = fit_temperature(logits, labels)
+        figures = judge(logits, labels, temperature)
+        return {**{f"val_{name}": value for name, value in figures.items()}, "temperature": temperature}
+
+    save = checkpoint_writer(out_dir, **about)
+    history = fit(model, criterion, train, validate, best_by="val_acc", save=save, **options)
+    panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
+    plot_history(history, panels, out_dir / "curves.png")
+    return load_checkpoint(out_dir / "best.pt")
+
+
+# --- judging a classifier ---
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count (num_classes, num_classes) int64, true class by row and predicted class by column."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, -1)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Find the temperature that minimises the cross-entropy of logits (N, C) divided by it, within 0.05-20.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    log_low, log_high = math.log(0.05), math.log(20)
+    for _ in range(60):  # ternary search: the loss has one minimum in the temperature
+        third = (log_high - log_low) / 3
+        low, high = log_low + third, log_high - third
+        if F.cross_entropy(logits / math.exp(low), labels) < F.cross_entropy(logits / math.exp(high), labels):
+            log_high = high
+        else:
+            log_low = low
+    return math.exp((log_low + log_high) / 2)
+
+
+def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Compute the expected calibration error, 0-1, of probs (N, C), over equally wide bins of confidence.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    confidence, predicted = probs.max(1)
+    correct = (predicted == labels).float()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins).index_add(0, which, confidence - correct)
+    return (gaps.abs().sum() / len(labels)).item()
+
+
+def judge(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
+    """Summarise logits (N, C): loss, accuracy, mean recall over the classes that occur, calibration error."""
+    matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
+    occurs = matrix.sum(1) > 0
+    recalls = matrix.diag()[occurs] / matrix.sum(1)[occurs]
+    return {
+        "loss": F.cross_entropy(logits / temperature, labels).item(),
+        "acc": (logits.argmax(1) == labels).float().mean().item(),
+        "mean_recall": recalls.mean().item(),
+        "ece": calibration_error((logits / temperature).softmax(1), labels),
+    }
+
+
+def report(
+    split: str, logits: Tensor, labels: Tensor, *, temperature: float, classes: Sequence[str], out_dir: Path
+) -> None:
+    """Print how good logits (N, C) are, also by class; write `split`.json and `split`_confusion.png."""
+    figures = judge(logits, labels, temperature)
+    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
+    recalls = dict(zip(classes, (matrix.diag() / matrix.sum(1).clamp(min=1)).tolist(), strict=True))
+    majority = matrix.sum(1).max().item() / len(labels)
+    print(
+        f"{split}: accuracy {figures['acc']:.2%} of {len(labels)}, mean recall {figures['mean_recall']:.2%}, "
+        f"calibration error {figures['ece']:.3f} (always the commonest class: accuracy {majority:.2%})"
+    )
+    for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
+        print(f"{split}: recall {recalls[name]:7.2%} of {count:5} {name}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    title = f"{split}: accuracy {figures['acc']:.1%}, n = {len(labels)}"
+    plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
+    record = {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist()}
+    (out_dir / f"{split}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {out_dir / f'{split}.json'} and {out_dir / f'{split}_confusion.png'}")
+
+
+def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
+    """Draw the named figures over the epochs into a PNG, a panel for each entry of `panels`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (labelling faces does not need it)
+
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    epochs = [record["epoch"] for record in history]
+    for axes, (title, names) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name in names:
+            axes.plot(epochs, [record[name] for record in history], marker=".", label=name.replace("_", " "))
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
+    """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*matrix.shape):
+        share = shares[row, column].item()
+        left.text(
+            *(column, row, f"{share:.1%}\n{matrix[row, column]}"),
+            **{"ha": "center", "va": "center", "color": "white" if share > 0.5 else "black"},
+        )
+    ticks = range(len(classes))
+    left.set(
+        xticks=ticks,
+        yticks=ticks,
+        xticklabels=classes,
+        yticklabels=classes,
+        xlabel="predicted",
+        ylabel="true",
+    )
+    bars = right.barh(ticks, shares.diag())
+    right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diag()], padding=3)
+    right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
+    right.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+# --- checkpoints ---
+
+FORMAT = 1
+STAGES = ("gray", "fer", "emotion")
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint that is whole or not there: to a temporary file, flushed, then renamed over `path`.
+
+    Raises:
+        OSError: it could not be written; what stood at `path` is untouched.
+    """
+    buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, a plain write a telling OSError
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path}: {error.strerror}; free some space and go on with --resume"
+        ) from None
+
+
+def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
+    """Read a checkpoint onto the CPU; weights stored in half precision come back as float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of this project, or of none of the `stages`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
+        )
+    if checkpoint["stage"] not in stages:
+        expected = " or ".join(repr(stage) for stage in stages)
+        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+    checkpoint["model"] = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in checkpoint["model"].items()
+    }
+    return checkpoint
+
+
+def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Store kernels and matrices as float16; BatchNorm and biases stay float32, they are small and touchy."""
+    return {name: value.half() if value.ndim > 1 else value for name, value in weights.items()}
+
+
+def checkpoint_writer(out_dir: Path, **about: object) -> Callable[..., None]:
+    """Make the function with which `fit` saves: `best.pt` to use, `last.pt` to resume from, `log.jsonl`.
+
+    Args:
+        about: what the checkpoint says of itself: stage, arch, classes, image_size, crop_margin, config.
+    """
+
+    def save(name: str, model: nn.Module, history: list[dict], **training_state: dict) -> None:
+        record = history[-1]
+        weights = model.state_dict()
+        save_checkpoint(
+            out_dir / f"{name}.pt",
+            {
+                **about,
+                "normalization": {"mean": GRAY_MEAN, "std": GRAY_STD},
+                "temperature": record.get("temperature", 1.0),
+                "epoch": record["epoch"],
+                "metrics": record,
+                "history": history,
+                "model": weights if training_state else half_precision(weights),
+                **training_state,
+            },
+        )
+        if training_state:
+            lines = "".join(json.dumps(past) + "\n" for past in history)
+            (out_dir / "log.jsonl").write_text(lines, encoding="utf-8")
+
+    return save
+
+
+def init_from(model: nn.Module, weights: dict[str, Tensor], new_head: bool) -> None:
+    """Load an earlier stage's weights in place: all but the head with `new_head`, else everything.
+
+    Raises:
+        ValueError: names or shapes differ otherwise, for example because the architecture does.
+    """
+    head = {"fc.weight", "fc.bias"} if new_head else set()
+    weights = {name: value for name, value in weights.items() if name not in head}
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"the initial weights do not fit: {str(error).splitlines()[1].strip()}") from None
+    if set(missing) != head or unexpected:
+        raise ValueError(
+            f"the initial weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+
+
+def load_network(checkpoint: dict) -> nn.Module:
+    """Build the network of a trained checkpoint."""
+    model = gray_resnet(checkpoint["arch"], len(checkpoint["classes"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# --- inference ---
+
+
+class Classifier:
+    """A trained network, ready to tell the emotions of faces.
+
+    Attributes:
+        classes: names, in the order of the probabilities.
+        checkpoint: all that the file says of itself, weights excepted.
+    """
+
+    def __init__(self, checkpoint: dict, device: torch.device):
+        self.classes = tuple(checkpoint["classes"])
+        self.checkpoint = {key: value for key, value in checkpoint.items() if key != "model"}
+        self.device = device
+        self._model = load_network(checkpoint).eval().to(device, memory_format=torch.channels_last)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> "Classifier":
+        """Read a checkpoint of finetune_fer.py or finetune_emotion.py; raises as `load_checkpoint`."""
+        return cls(load_checkpoint(path, stages=("fer", "emotion")), device)
+
+    def predict(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
+        """Classify the faces in `boxes` (N, 4) in one batch; return probabilities (N, C) float32."""
+        return self.predict_crops(crop_faces(image, boxes, self.checkpoint["crop_margin"]))
+
+    @torch.inference_mode()
+    def predict_crops(self, crops: Sequence[Image.Image]) -> np.ndarray:
+        """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32."""
+        if not crops:
+            return np.empty((0, len(self.classes)), np.float32)
+        size = self.checkpoint["image_size"]
+        arrays = [np.asarray(crop.convert("L"))[None, None] for crop in crops]
+        inputs = torch.cat([normalize_faces(torch.tensor(array), size) for array in arrays]).to(self.device)
+        logits = self._model(inputs.contiguous(memory_format=torch.channels_last))
+        return (logits / self.checkpoint["temperature"]).softmax(1).cpu().numpy()
 
 
 # --- command line ---
@@ -28,3 +825,188 @@ def one_line_errors(main: Callable) -> Callable:
             sys.exit(130)
 
     return wrapped
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """Make an argparse type: an int or float within [low, high]."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return parse
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add --device; `pick_device` reads it."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where the networks run; auto takes the first there is of cuda, mps, cpu (default: %(default)s)",
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn --device into a torch device.
+
+    Raises:
+        ValueError: this machine has none of that kind.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"this machine has no {name} device that PyTorch can use; try --device auto")
+    return torch.device(name)
+
+
+def add_training_options(
+    parser: argparse.ArgumentParser,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    image_size: int,
+) -> None:
+    """Add what all finetune_*.py scripts understand, with a stage's own defaults."""
+    add = parser.add_argument
+    add(
+        "--image-size",
+        type=number(int, 32, 512),
+        default=image_size,
+        metavar="PX",
+        help="input side, pixels (default: %(default)s)",
+    )
+    add(
+        "--epochs",
+        type=number(int, 1),
+        default=epochs,
+        metavar="N",
+        help="passes over the data (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=number(int, 1),
+        default=batch_size,
+        metavar="N",
+        help="images a step (default: %(default)s)",
+    )
+    add(
+        "--lr",
+        type=number(float, 0),
+        default=lr,
+        metavar="X",
+        help="peak learning rate of AdamW (default: %(default)s)",
+    )
+    add(
+        "--weight-decay",
+        type=number(float, 0),
+        default=weight_decay,
+        metavar="X",
+        help="of AdamW (default: %(default)s)",
+    )
+    add(
+        "--ema",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="DECAY",
+        help="average the weights over the steps with this decay; 0: do not (default: %(default)s)",
+    )
+    add("--limit", type=number(int, 1), metavar="N", help="use only N images of each split, for a smoke run")
+    add(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="of everything random (default: %(default)s)",
+    )
+    add(
+        "--resume",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="go on with an interrupted run from its last.pt, with its options; those given anew win",
+    )
+    add_device_option(parser)
+
+
+def add_classifier_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the stages understand that tell emotions apart."""
+    parser.add_argument(
+        "--balance",
+        type=number(float, 0, 1),
+        default=0.0,
+        metavar="X",
+        help="0: each image once an epoch, 1: each class equally often (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--label-smoothing",
+        type=number(float, 0, 0.9),
+        default=0.1,
+        metavar="X",
+        help="share of the target that is spread over all classes (default: %(default)s)",
+    )
+
+
+def parse_with_resume(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str
+) -> argparse.Namespace:
+    """Parse the command line; with --resume, the interrupted run's options become the defaults.
+
+    `args.resumed` is the checkpoint to go on from, or None.
+
+    Raises:
+        ValueError: --resume names no last.pt of this stage.
+    """
+    args = parser.parse_args(argv)
+    args.resumed = None
+    if args.resume:
+        resumed = load_checkpoint(args.resume, stages=(stage,))
+        if "optimizer" not in resumed:
+            raise ValueError(
+                f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
+            )
+        paths = {action.dest for action in parser._actions if action.type is Path}
+        config = {
+            key: Path(value) if key in paths and value else value for key, value in resumed["config"].items()
+        }
+        parser.set_defaults(**config)
+        args = parser.parse_args(argv)
+        args.resumed = resumed
+    return args
+
+
+def start_run(args: argparse.Namespace, model: nn.Module, device: torch.device, data: dict[str, str]) -> None:
+    """Make the output folder, write config.json into it, and say on what, with what and how a run will train.
+
+    Raises:
+        ValueError: the folder holds another run's checkpoint, and this is not its resumption.
+    """
+    if (args.out_dir / "last.pt").exists() and not args.resume:
+        raise ValueError(
+            f"{args.out_dir} holds another run; go on with --resume {args.out_dir / 'last.pt'}, "
+            "choose another --out-dir, or delete it"
+        )
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    config = plain_config(args)
+    (args.out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, learns in sizes if learns)
+    print(f"device: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, text in data.items():
+        print(f"{name}: {text}")
+    print(f"parameters: {trained:,} of {sum(size for size, _ in sizes):,} learn")
+    print("config: " + " ".join(f"{key}={value}" for key, value in config.items()))
+    print(
+        f"if it stops, go on with --resume {args.out_dir / 'last.pt'}, written after every epoch", flush=True
+    )
+
+
+def plain_config(args: argparse.Namespace) -> dict:
+    """Return the options as plain types, for checkpoints and config.json."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return {key: value for key, value in plain.items() if key not in ("resume", "resumed")}

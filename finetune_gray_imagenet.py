@@ -1,0 +1,241 @@
+"""Teach an ImageNet ResNet to see in gray: its embedding of a gray image is to equal the colour net's.
+
+The colour net is the frozen teacher. The student is the same net with a one-channel stem, made by folding the
+three colour kernels and the colour normalisation into one gray kernel: on an image that is gray already it
+starts exactly right. What colour told the teacher is then distilled: mean squared error between the student's
+embedding of the gray image and the teacher's embedding of the colour image (Romero et al. 2015, "FitNets").
+By default the stem alone learns, as in the original toolkit; the frozen rest keeps its BatchNorm statistics.
+
+Usage:
+    python finetune_gray_imagenet.py --data-dir data/imagenet
+    python finetune_gray_imagenet.py --data-dir data/imagenet --arch resnet18 --unfreeze conv1 bn1 layer1
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import model as shared
+from model import COLOR_MEAN, COLOR_STD, GRAY_MEAN, GRAY_STD, LUMA
+
+
+def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
+    """Build the colour ResNet with ImageNet weights: a local state dict, else torchvision's download.
+
+    Raises:
+        ValueError: the file does not fit the architecture, or there is nothing to download for it.
+        FileNotFoundError: there is no such file.
+    """
+    if weights_path is None:
+        if arch.endswith("_v1"):
+            raise ValueError(f"torchvision has no weights for {arch}; give them with --teacher-weights FILE")
+        try:
+            return torchvision.models.get_model(arch, weights="IMAGENET1K_V1")
+        except OSError as error:
+            raise ValueError(
+                f"could not download the weights of {arch} ({error}); give them with --teacher-weights FILE"
+            ) from None
+    if not weights_path.is_file():
+        raise FileNotFoundError(f"there is no weights file {weights_path}; expected a state dict of a {arch}")
+    teacher = shared.color_resnet(arch)
+    try:
+        weights = torch.load(weights_path, map_location="cpu", weights_only=True)
+        teacher.load_state_dict({name: value.float() for name, value in weights.items()})
+    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{weights_path} is not a state dict of torchvision's {arch} ({reason})") from None
+    return teacher
+
+
+def fold_stem(color_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a colour kernel (O, 3, k, k) and its normalisation into a gray weight and offset (O, 1, k, k).
+
+    A gray value g enters the colour net as (g - mean_c) / std_c in each channel c and the gray net as
+    x = (g - GRAY_MEAN) / GRAY_STD, so sum_c w_c (g - mean_c) / std_c = weight * x + offset.
+    """
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (COLOR_MEAN, COLOR_STD))
+    weight = (color_weight * GRAY_STD / std).sum(1, keepdim=True)
+    offset = (color_weight * (GRAY_MEAN - mean) / std).sum(1, keepdim=True)
+    return weight, offset
+
+
+def build_student(arch: str, teacher: nn.Module, stem_init: str) -> nn.Module:
+    """Build the gray net without head; all but the stem is copied from the teacher."""
+    student = shared.gray_resnet(arch, num_classes=0)
+    weights = {
+        name: value for name, value in teacher.state_dict().items() if not name.startswith(("conv1.", "fc."))
+    }
+    weights |= {f"conv1.{name}": value for name, value in student.conv1.state_dict().items()}
+    if stem_init == "folded":
+        weights["conv1.weight"], weights["conv1.offset"] = fold_stem(teacher.conv1.weight.detach())
+    student.load_state_dict(weights)
+    return student
+
+
+class ImagePairs:
+    """Colour images in memory as uint8 (N, 3, S, S), fed as gray inputs and the teacher's embeddings.
+
+    Like `model.FaceBatches`: what an epoch holds depends on `seed` and its number alone.
+    """
+
+    def __init__(self, images: Tensor, teacher: nn.Module, batch_size: int, device: torch.device, seed: int):
+        self.images, self.device, self.batch_size, self.seed = images, device, batch_size, seed
+        self._embed = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten()).eval().requires_grad_(False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches: gray images (n, 1, S, S), mirrored, moved, scaled, and targets (n, D)."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        for indices in torch.randperm(len(self), generator=generator).split(self.batch_size):
+            images = self.images[indices].to(self.device).float() / 255
+            size = images.shape[-1]
+            yield self._pair(shared.warp(images, size, generator, degrees=0, shift=0.1, scale=0.25))
+
+    def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images once, in order, as they are."""
+        for images in self.images.split(self.batch_size):
+            yield self._pair(images.to(self.device).float() / 255)
+
+    @torch.no_grad()
+    def _pair(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std, luma = (
+            torch.tensor(values, device=images.device).reshape(1, 3, 1, 1)
+            for values in (COLOR_MEAN, COLOR_STD, LUMA)
+        )
+        gray = (images * luma).sum(1, keepdim=True)
+        colors = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+        return (gray - GRAY_MEAN) / GRAY_STD, self._embed(colors).float()
+
+
+def compare_embeddings(embeddings: Tensor, targets: Tensor, head: nn.Linear) -> dict[str, float]:
+    """Compare embeddings (N, D) with the teacher's: MSE, mean cosine, share of equal top-1 classes."""
+    same = head(embeddings).argmax(1) == head(targets).argmax(1)
+    return {
+        "mse": F.mse_loss(embeddings, targets).item(),
+        "cosine": F.cosine_similarity(embeddings, targets).mean().item(),
+        "agreement": same.float().mean().item(),
+    }
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """Print one line a row, one column a figure."""
+    names = list(next(iter(rows.values())))
+    print("".join(f"{name:>12}" for name in ("", *names)))
+    for title, figures in rows.items():
+        print(f"{title:>12}" + "".join(f"{figures[name]:12.4f}" for name in names))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; with --resume the interrupted run's options are the defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("data/imagenet"),
+        help="folder of colour images (default: %(default)s)",
+    )
+    add(
+        "--out-dir",
+        type=Path,
+        default=Path("runs/gray"),
+        help="where checkpoints and plots go (default: %(default)s)",
+    )
+    add("--arch", choices=shared.ARCHS, default="resnet50", help="network (default: %(default)s)")
+    add(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help="local state dict, instead of torchvision's download",
+    )
+    add(
+        "--stem-init",
+        choices=("folded", "kaiming"),
+        default="folded",
+        help="how the gray stem starts (default: %(default)s)",
+    )
+    add(
+        "--unfreeze",
+        nargs="+",
+        default=["conv1"],
+        metavar="PART",
+        help="parts that learn, of conv1 bn1 layer1 layer2 layer3 layer4 (default: conv1)",
+    )
+    add(
+        "--val-fraction",
+        type=shared.number(float, 0, 0.9),
+        default=0.2,
+        metavar="X",
+        help="share of images held out (default: %(default)s)",
+    )
+    shared.add_training_options(parser, epochs=5, batch_size=16, lr=1e-2, weight_decay=0.0, image_size=128)
+    return shared.parse_with_resume(parser, argv, stage="gray")
+
+
+@shared.one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Distil, and print the held-out comparison before and after."""
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    device = shared.pick_device(args.device)
+    teacher = load_teacher(args.arch, args.teacher_weights)
+    images = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
+    train_indices, val_indices = shared.split_indices(len(images), args.val_fraction, args.seed)
+    student = build_student(args.arch, teacher, args.stem_init).to(device, memory_format=torch.channels_last)
+    shared.freeze_except(student, args.unfreeze)
+    teacher.eval().to(device, memory_format=torch.channels_last)
+    train, val = (
+        ImagePairs(images[i], teacher, args.batch_size, device, args.seed)
+        for i in (train_indices, val_indices)
+    )
+    head = teacher.fc.cpu()
+    shared.start_run(args, student, device, {"train": f"{len(train)} images", "val": f"{len(val)} images"})
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        with torch.no_grad():
+            return compare_embeddings(*shared.evaluate(net, val.eval()), head)
+
+    before = validate(student)
+    save = shared.checkpoint_writer(
+        args.out_dir,
+        stage="gray",
+        arch=args.arch,
+        classes=[],
+        image_size=args.image_size,
+        crop_margin=0.0,
+        config=shared.plain_config(args),
+    )
+    history = shared.fit(
+        student,
+        F.mse_loss,
+        train,
+        validate,
+        best_by="cosine",
+        save=save,
+        epochs=args.epochs,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        ema=args.ema,
+        resume=args.resumed,
+    )
+    best = shared.best_record(history, "cosine")
+    print_table({args.stem_init: before, "distilled": best})
+    shared.plot_history(
+        history,
+        {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]},
+        args.out_dir / "curves.png",
+    )
+    print(f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    main()
