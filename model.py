@@ -546,7 +546,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
     log_low, log_high = math.log(0.05), math.log(20)
-    for _ in range(60):  # ternary search: the loss has one minimum in the temperature
+    for _ in range(30):  # ternary search: the loss has one minimum in the temperature
         third = (log_high - log_low) / 3
         low, high = log_low + third, log_high - third
         if F.cross_entropy(logits / math.exp(low), labels) < F.cross_entropy(logits / math.exp(high), labels):
@@ -970,11 +970,7 @@ def parse_with_resume(
             raise ValueError(
                 f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
             )
-        paths = {action.dest for action in parser._actions if action.type is Path}
-        config = {
-            key: Path(value) if key in paths and value else value for key, value in resumed["config"].items()
-        }
-        parser.set_defaults(**config)
+        parser.set_defaults(**resumed["config"])  # argparse turns text into paths as it does its own defaults
         args = parser.parse_args(argv)
         args.resumed = resumed
     return args

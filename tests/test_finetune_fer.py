@@ -1,0 +1,176 @@
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import finetune_fer
+import model as shared
+import unpack_fer_data
+
+SMALL = ["--image-size", "32", "--batch-size", "16", "--epochs", "4", "--lr", "0.001"]
+
+
+@pytest.fixture
+def options(fer_dir, gray_checkpoint):
+    return ["--data-dir", str(fer_dir), "--init", str(gray_checkpoint), *SMALL]
+
+
+def start(options, out_dir, **kwargs):
+    command = [sys.executable, "finetune_fer.py", *options, "--out-dir", str(out_dir)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def wait_for_epoch(process, out_dir, epoch):
+    """Return once `epoch` is logged; the run must still be going."""
+    log = out_dir / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= epoch):
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+
+
+def test_training_learns_and_writes_what_it_says(tmp_path, options, capsys):
+    out_dir = tmp_path / "run"
+    finetune_fer.main([*options, "--out-dir", str(out_dir), "--balance", "0.5"])
+    out = capsys.readouterr().out
+    log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in log] == [1, 2, 3, 4]
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+    best = shared.load_checkpoint(out_dir / "best.pt", stages=("fer",))
+    assert best["metrics"]["val_acc"] == max(record["val_acc"] for record in log)
+    assert best["classes"] == list(shared.EMOTIONS)
+    assert best["config"]["lr"] == 0.001
+    assert f"wrote {out_dir / 'best.pt'}" in out
+    for name in ("curves", "test_confusion"):
+        with Image.open(out_dir / f"{name}.png") as picture:
+            assert min(picture.size) > 400
+    test = json.loads((out_dir / "test.json").read_text())
+    assert test["n"] == 30
+    assert sum(map(sum, test["confusion"])) == 30
+
+
+def test_evaluate_repeats_the_report_of_the_training_run(tmp_path, options, capsys):
+    out_dir = tmp_path / "run"
+    finetune_fer.main([*options, "--out-dir", str(out_dir)])
+    trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test: ")]
+    assert len(trained) == 6
+    finetune_fer.main(
+        [*options, "--evaluate", str(out_dir / "best.pt"), "--out-dir", str(tmp_path / "again")]
+    )
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("test: ")] == trained
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, options):
+    options += ["--ema", "0.9", "--balance", "0.5"]
+    process = start(options, tmp_path / "killed")
+    wait_for_epoch(process, tmp_path / "killed", 2)
+    process.kill()
+    process.communicate()
+    last = tmp_path / "killed" / "last.pt"
+    assert shared.load_checkpoint(last)["epoch"] in (2, 3)
+    resumed = start(["--resume", str(last)], tmp_path / "killed")
+    whole = start(options, tmp_path / "whole")
+    assert (resumed.communicate(), resumed.returncode)[1] == 0
+    assert (whole.communicate(), whole.returncode)[1] == 0
+    for name in ("last.pt", "best.pt"):
+        one, other = (shared.load_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
+        assert one["epoch"] == other["epoch"]
+        assert one["temperature"] == other["temperature"]
+        assert one["model"].keys() == other["model"].keys()
+        assert all(value.equal(other["model"][key]) for key, value in one["model"].items())
+    assert one["config"] == {**other["config"], "out_dir": str(tmp_path / "killed")}
+
+
+def test_ctrl_c_is_one_line_and_leaves_a_loadable_checkpoint(tmp_path, options):
+    process = start(options, tmp_path / "run")
+    wait_for_epoch(process, tmp_path / "run", 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130
+    assert err == "interrupted\n"
+    assert "--resume" in out
+    assert shared.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_a_loadable_checkpoint(tmp_path, options):
+    """A file size limit between those of best.pt and last.pt fails the write itself, as a full disk does."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000_000, 60_000_000))  # noqa: E731
+    process = start(options, tmp_path / "run", preexec_fn=limit)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == f"error: could not write {tmp_path / 'run' / 'last.pt'}: File too large; " + (
+        "free some space and go on with --resume\n"
+    )
+    assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_run_does_not_write_over_another(tmp_path, options):
+    out_dir = tmp_path / "run"
+    out_dir.mkdir()
+    (out_dir / "last.pt").write_text("precious")
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(out_dir)])
+    assert "holds another run" in stop.value.code
+    assert (out_dir / "last.pt").read_text() == "precious"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, options):
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--lr", "1e30"])
+    assert "try a lower --lr" in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--init", "none.pt"], "no checkpoint none.pt"),
+        (["--data-dir", "nowhere"], "run unpack_fer_data.py"),
+        (["--evaluate", "INIT"], "has stage 'gray', expected 'fer' or 'emotion'"),
+        (["--resume", "INIT"], "has stage 'gray', expected 'fer'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, options, gray_checkpoint, changed, message):
+    changed = [str(gray_checkpoint) if word == "INIT" else word for word in changed]
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), *changed])
+    assert message in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+def test_the_head_is_new_for_other_classes_and_kept_for_the_same():
+    torch.manual_seed(0)
+    net = shared.gray_resnet("resnet18", 2)
+    checkpoint = {"arch": "resnet18", "classes": ["angry", "happy"], "model": net.state_dict()}
+    assert finetune_fer.build_model(checkpoint, ("angry", "happy")).fc.weight.equal(net.fc.weight)
+    assert finetune_fer.build_model(checkpoint, ("angry", "happy", "sad")).fc.weight.shape == (3, 512)
+
+
+def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_data, capsys):
+    """At least 82 % of the five-class PrivateTest; the README says by how much more."""
+    unpack_fer_data.main([str(real_data / "fer2013.csv.xz"), "--out-dir", str(tmp_path / "fer")])
+    finetune_fer.main(
+        [
+            "--data-dir",
+            str(tmp_path / "fer"),
+            "--evaluate",
+            str(shared.DEFAULT_MODEL),
+            "--out-dir",
+            str(tmp_path),
+        ]
+    )
+    test = json.loads((tmp_path / "test.json").read_text())
+    assert test["n"] == 2423
+    assert test["acc"] >= 0.82
+    assert min(test["recall"].values()) > 0.5
+    assert test["ece"] < 0.05
+    assert shared.DEFAULT_MODEL.stat().st_size < 50_000_000
+    assert "accuracy" in capsys.readouterr().out

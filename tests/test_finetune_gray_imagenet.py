@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import functional as transforms
+
+import finetune_gray_imagenet
+import model as shared
+from finetune_gray_imagenet import build_student, load_teacher
+
+
+@pytest.fixture
+def teacher_path(tmp_path):
+    torch.manual_seed(1)
+    path = tmp_path / "resnet18.pth"
+    torch.save(shared.color_resnet("resnet18").state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photos_dir(tmp_path):
+    folder = tmp_path / "imagenet"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(10):
+        coarse = torch.randint(0, 256, (5, 5, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(coarse.numpy()).resize((90, 70), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return folder
+
+
+def embed(teacher, images):
+    return torch.nn.Sequential(*list(teacher.eval().children())[:-1])(images).flatten(1)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50_v1"])
+@pytest.mark.parametrize("size", [64, 97])
+def test_folded_student_equals_the_teacher_on_gray_images_up_to_the_border(arch, size):
+    torch.manual_seed(0)
+    teacher = shared.color_resnet(arch)
+    student = build_student(arch, teacher, "folded").eval()
+    gray = torch.rand(2, 1, size, size)
+    colors = transforms.normalize(gray.expand(-1, 3, -1, -1), shared.COLOR_MEAN, shared.COLOR_STD)
+    normalized = (gray - shared.GRAY_MEAN) / shared.GRAY_STD
+    torch.testing.assert_close(student.conv1(normalized), teacher.conv1(colors), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student(normalized), embed(teacher, colors), rtol=1e-3, atol=1e-4)
+
+
+def test_folded_student_equals_the_imagenet_teacher_on_real_photos_made_gray(real_data):
+    teacher = load_teacher("resnet50_v1", real_data / "resnet50_imagenet.pth")
+    student = build_student("resnet50_v1", teacher, "folded").eval()
+    paths = shared.list_images(real_data / "imagenet-sample", limit=4)
+    gray = shared.load_images(paths, "L", 224).float() / 255
+    colors = transforms.normalize(gray.expand(-1, 3, -1, -1), shared.COLOR_MEAN, shared.COLOR_STD)
+    with torch.no_grad():
+        expected = embed(teacher, colors)
+        actual = student((gray - shared.GRAY_MEAN) / shared.GRAY_STD)
+    assert expected.max() > 1
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_imagenet_teacher_knows_what_is_on_photos(real_data):
+    names = json.loads((real_data / "imagenet_labels.json").read_text())
+    paths = shared.list_images(real_data / "imagenet-sample", limit=20)
+    labels = torch.tensor([names.index(path.parent.name.split("_", 1)[1]) for path in paths])
+    images = shared.load_images(paths, "RGB", 224).float() / 255
+    images = transforms.normalize(images, shared.COLOR_MEAN, shared.COLOR_STD)
+    with torch.no_grad():
+        logits = load_teacher("resnet50_v1", real_data / "resnet50_imagenet.pth").eval()(images)
+    assert (logits.argmax(1) == labels).sum() >= 14
+
+
+def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
+    tmp_path, photos_dir, teacher_path, capsys
+):
+    out_dir = tmp_path / "gray"
+    options = [
+        "--data-dir",
+        str(photos_dir),
+        "--out-dir",
+        str(out_dir),
+        "--teacher-weights",
+        str(teacher_path),
+    ]
+    options += [
+        "--arch",
+        "resnet18",
+        "--image-size",
+        "64",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.003",
+    ]
+    finetune_gray_imagenet.main([*options, "--stem-init", "kaiming"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    before, after = (
+        [float(word) for word in line[1:]] for line in table if line[:1] in (["kaiming"], ["distilled"])
+    )
+    assert after[0] < before[0]  # MSE
+    assert after[1] > before[1]  # cosine
+    checkpoint = shared.load_checkpoint(out_dir / "last.pt", stages=("gray",))
+    teacher = torch.load(teacher_path, weights_only=True)
+    for name, value in checkpoint["model"].items():
+        assert value.equal(teacher[name]) != name.startswith("conv1."), name
+    assert {path.name for path in out_dir.iterdir()} == {
+        *("best.pt", "last.pt", "config.json", "log.jsonl", "curves.png")
+    }
+
+
+def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, monkeypatch, teacher_path):
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    kept = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(teacher_path.read_bytes())
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    teacher = load_teacher("resnet18", None)
+    assert teacher.fc.weight.equal(torch.load(teacher_path, weights_only=True)["fc.weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--arch", "resnet50_v1"],
+            "torchvision has no weights for resnet50_v1; give them with --teacher-weights",
+        ),
+        (["--teacher-weights", "none.pth"], "no weights file none.pth"),
+        (["--teacher-weights", __file__], "is not a state dict of torchvision's resnet50"),
+        (["--device", "mps"], "no mps device"),
+        (["--resume", "none.pt"], "no checkpoint none.pt"),
+        (["--unfreeze", "layer7"], "no part 'layer7'"),
+        (["--data-dir", "nowhere"], "no images in nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, photos_dir, teacher_path, options, message):
+    if "mps" in options and torch.backends.mps.is_available():
+        pytest.skip("this machine has mps")
+    right = ["--data-dir", str(photos_dir), "--out-dir", str(tmp_path / "gray"), "--image-size", "32"]
+    if not any("arch" in option or "weights" in option for option in options):
+        right += ["--arch", "resnet18", "--teacher-weights", str(teacher_path)]
+    with pytest.raises(SystemExit) as stop:
+        finetune_gray_imagenet.main([*right, *options])
+    assert message in stop.value.code
+    assert "\n" not in stop.value.code

@@ -1,0 +1,308 @@
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+
+import model as shared
+
+# --- faces ---
+
+
+def test_find_returns_empty_arrays_without_faces():
+    for size in ((300, 200), (19, 300), (1, 1)):
+        faces = shared.FaceFinder().find(Image.new("RGB", size, "gray"))
+        assert [part.shape for part in faces] == [(0, 4), (0,), (0, 5, 2)]
+        assert {part.dtype for part in faces} == {np.dtype(np.float32)}
+
+
+def test_find_returns_the_surest_face_first_with_eyes_above_the_mouth(sample_photo):
+    with Image.open(sample_photo) as file:
+        faces = shared.FaceFinder().find(file.convert("RGB"))
+    assert len(faces.boxes) == len(faces.probs) == len(faces.landmarks) == 4
+    assert (np.diff(faces.probs) <= 0).all()
+    assert faces.probs.min() >= 0.9
+    for box, landmarks in zip(faces.boxes, faces.landmarks, strict=True):
+        assert (landmarks[:2, 1] < landmarks[3:, 1]).all()
+        assert (landmarks >= box[:2]).all()
+        assert (landmarks <= box[2:]).all()
+
+
+def test_find_obeys_its_thresholds(sample_photo):
+    with Image.open(sample_photo) as file:
+        image = file.convert("RGB")
+    probs = shared.FaceFinder().find(image).probs
+    middle = float(np.sort(probs)[1:3].mean())
+    assert len(shared.FaceFinder(min_prob=middle).find(image).probs) == (probs >= middle).sum() < len(probs)
+    assert len(shared.FaceFinder(min_face_size=900).find(image).probs) == 0
+
+
+def test_crop_faces_cuts_squares_inside_the_image():
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 255, (90, 130, 3), np.uint8))
+    corners = generator.uniform((-30, -30), (120, 80), (200, 2))
+    boxes = np.hstack([corners, corners + generator.uniform(1, 100, (200, 2))])
+    boxes = boxes[(boxes[:, 2] > 1) & (boxes[:, 3] > 1)]
+    crops = shared.crop_faces(image, boxes, margin=0.2)
+    assert len(crops) == len(boxes) > 100
+    for box, crop in zip(boxes, crops, strict=True):
+        longer = max(box[2] - box[0], box[3] - box[1])
+        assert crop.width == crop.height == max(min(round(longer * 1.2), 90), 1)
+
+
+def test_crop_faces_keeps_the_face_in_the_middle_where_there_is_room():
+    image = Image.new("L", (100, 100))
+    image.paste(255, (40, 50, 60, 80))
+    [crop] = shared.crop_faces(image, np.array([[40, 50, 60, 80]], np.float32), margin=0.2)
+    assert crop.size == (36, 36)
+    assert crop.getbbox() == (8, 3, 28, 33)
+
+
+def test_crop_faces_of_no_boxes_is_an_empty_list():
+    assert shared.crop_faces(Image.new("L", (9, 9)), np.empty((0, 4), np.float32), 0.1) == []
+
+
+def test_crop_faces_refuses_a_box_outside_the_image():
+    with pytest.raises(ValueError, match="outside the 9x9 image"):
+        shared.crop_faces(Image.new("L", (9, 9)), np.array([[20, 0, 30, 9]]), 0.1)
+
+
+# --- network ---
+
+
+@pytest.mark.parametrize("arch", shared.ARCHS)
+def test_gray_resnet_maps_images_to_logits_or_embeddings(arch):
+    images = torch.zeros(2, 1, 64, 64)
+    width = 2048 if arch.startswith("resnet50") else 512
+    assert shared.gray_resnet(arch, 5).eval()(images).shape == (2, 5)
+    assert shared.gray_resnet(arch, 0).eval()(images).shape == (2, width)
+
+
+def test_freeze_except_keeps_the_rest_still_batchnorm_included():
+    net = shared.gray_resnet("resnet18", 5)
+    shared.freeze_except(net, ["layer4", "fc"])
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = shared.build_optimizer(net, weight_decay=0.1)
+    shared.train_mode(net)
+    F.cross_entropy(net(torch.randn(4, 1, 64, 64)), torch.arange(4)).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    optimizer.step()
+    changed = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
+    assert {name.split(".")[0] for name in changed} == {"layer4", "fc"}
+    assert "layer4.0.bn1.running_mean" in changed
+
+
+def test_freeze_except_names_the_parts_there_are():
+    with pytest.raises(ValueError, match="no part 'layer9', expected some of: conv1, bn1"):
+        shared.freeze_except(shared.gray_resnet("resnet18", 5), ["layer9"])
+
+
+# --- data ---
+
+
+def test_load_images_cuts_the_middle_square(tmp_path):
+    image = Image.new("RGB", (60, 20))
+    image.paste((255, 0, 0), (20, 0, 40, 20))
+    image.save(tmp_path / "a.png")
+    image.resize((120, 40)).save(tmp_path / "b.png")
+    images = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
+    assert images.shape == (2, 3, 20, 20)
+    assert images.dtype == torch.uint8
+    assert (images[0] == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
+    assert shared.load_images([tmp_path / "a.png"], "L", 10).shape == (1, 1, 10, 10)
+
+
+def test_load_images_names_a_file_that_is_no_image(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"b\.png is not a readable image"):
+        shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "L")
+
+
+def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
+    images, labels = shared.load_faces(fer_dir / "train", shared.EMOTIONS, limit=20)
+    assert images.shape == (20, 1, 48, 48)
+    assert torch.bincount(labels).tolist() == [4] * 5
+    for image, label in zip(images, labels, strict=True):
+        assert image[0].float().mean(1).reshape(-1, 3).mean(1)[:15].reshape(5, 3).mean(1).argmax() == label
+
+
+def test_load_faces_names_a_missing_class(fer_dir):
+    with pytest.raises(ValueError, match="no folder 'neutral'"):
+        shared.load_faces(fer_dir / "train", ("angry", "neutral"))
+
+
+def test_warp_without_freedom_only_mirrors():
+    images = torch.rand(32, 1, 24, 24)
+    warped = shared.warp(images, 24, torch.Generator().manual_seed(0), degrees=0, shift=0, scale=0)
+    same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(warped, images, strict=True)]
+    mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(warped, images, strict=True)]
+    assert all(a != b for a, b in zip(same, mirrored, strict=True))
+    assert 8 < sum(same) < 24
+
+
+def test_warp_stays_within_its_ranges():
+    images = torch.zeros(200, 1, 101, 101)
+    images[:, :, 48:53, 48:53] = 1  # a dot in the middle: where it lands is the shift
+    warped = shared.warp(images, 101, torch.Generator().manual_seed(0), degrees=30, shift=0.1, scale=0.2)
+    pixels = torch.linspace(-0.5, 0.5, 101)
+    mass = warped.sum((1, 2, 3))
+    across = (warped.sum((1, 2)) * pixels).sum(1) / mass
+    assert across.abs().max() < 0.1 * 1.42 / 0.8 + 0.01  # both axes' shifts, turned, seen in the nearest zoom
+    assert across.abs().max() > 0.08
+    assert 0.6 < mass.min() / 25 < 0.8  # the dot's area goes with the zoom squared, 0.64 to 1.44
+    assert 1.2 < mass.max() / 25 < 1.5
+
+
+def test_augment_faces_varies_but_keeps_type_and_range():
+    faces = torch.randint(0, 256, (64, 1, 48, 48), dtype=torch.uint8)
+    first = shared.augment_faces(faces, 64, torch.Generator().manual_seed(1))
+    again = shared.augment_faces(faces, 64, torch.Generator().manual_seed(1))
+    other = shared.augment_faces(faces, 64, torch.Generator().manual_seed(2))
+    assert first.shape == (64, 1, 64, 64)
+    assert first.dtype == torch.float32
+    assert first.equal(again)
+    assert not first.equal(other)
+    low, high = (0 - shared.GRAY_MEAN) / shared.GRAY_STD, (1 - shared.GRAY_MEAN) / shared.GRAY_STD
+    assert low - 1e-5 <= first.min() < first.max() <= high + 1e-5
+
+
+def test_epoch_order_without_balance_is_a_permutation():
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    order = shared.epoch_order(labels, 0.0, torch.Generator().manual_seed(0))
+    assert order.sort().values.equal(torch.arange(100))
+    assert not order.equal(torch.arange(100))
+
+
+def test_epoch_order_balances_and_treats_a_class_evenly():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    for balance, rare in ((0.5, 250), (1.0, 500)):  # 100 ** .5 : 900 ** .5 = 1 : 3; 1 : 1
+        order = shared.epoch_order(labels, balance, torch.Generator().manual_seed(0))
+        assert len(order) == 1000
+        assert abs((labels[order] == 1).sum() - rare) <= 10  # 1 % of the epoch
+        draws = torch.bincount(order, minlength=1000)
+        assert all(draws[labels == c].max() - draws[labels == c].min() <= 1 for c in (0, 1))
+
+
+# --- judging ---
+
+
+def test_judge_agrees_with_hand_counts():
+    labels = torch.tensor([0, 0, 0, 1])
+    logits = torch.tensor([[2.0, 0], [2, 0], [0, 2], [0, 2]])
+    figures = shared.judge(logits, labels)
+    assert figures["acc"] == pytest.approx(3 / 4)
+    assert figures["mean_recall"] == pytest.approx((2 / 3 + 1) / 2)
+    assert figures["ece"] == pytest.approx(abs(torch.tensor(2.0).sigmoid().item() - 3 / 4), abs=1e-6)
+    assert shared.confusion_matrix(logits.argmax(1), labels, 2).tolist() == [[2, 1], [0, 1]]
+
+
+def test_fit_temperature_finds_the_scale_that_was_put_in():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, 5, generator=generator) * 2
+    labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    assert shared.fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
+    assert shared.fit_temperature(logits * 3, labels) == pytest.approx(3, abs=0.15)
+    assert shared.judge(logits * 3, labels, 3.0)["ece"] < 0.01 < shared.judge(logits * 3, labels)["ece"]
+
+
+# --- checkpoints ---
+
+
+def test_load_checkpoint_needs_no_trust_and_gives_back_what_was_saved(gray_checkpoint):
+    raw = torch.load(gray_checkpoint, weights_only=True)
+    loaded = shared.load_checkpoint(gray_checkpoint)
+    assert raw["model"]["layer1.0.conv1.weight"].dtype == torch.float16
+    assert loaded["model"]["layer1.0.conv1.weight"].dtype == torch.float32
+    assert loaded["model"]["bn1.running_var"].dtype == torch.float32
+    assert (loaded["stage"], loaded["arch"], loaded["image_size"]) == ("gray", "resnet18", 64)
+
+
+def test_load_checkpoint_refuses_with_one_line(tmp_path, gray_checkpoint):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        shared.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="has stage 'gray', expected 'fer' or 'emotion'"):
+        shared.load_checkpoint(gray_checkpoint, stages=("fer", "emotion"))
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
+        shared.load_checkpoint(tmp_path / "foreign.pt")
+    (tmp_path / "half.pt").write_bytes(gray_checkpoint.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
+        shared.load_checkpoint(tmp_path / "half.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
+    """A file size limit makes the write itself fail, as a full disk does."""
+    path = tmp_path / "last.pt"
+    shared.save_checkpoint(path, {"stage": "fer", "model": {}})
+    code = f"""
+import resource, torch, model
+from pathlib import Path
+
+@model.one_line_errors
+def main(argv):
+    model.save_checkpoint(Path({str(path)!r}), {{"model": {{"weight": torch.ones(10**6)}}}})
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+main()
+"""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert f"could not write {path}" in run.stderr
+    assert shared.load_checkpoint(path)["model"] == {}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_init_from_wants_all_but_the_head():
+    net = shared.gray_resnet("resnet18", 5)
+    backbone = shared.gray_resnet("resnet18", 0).state_dict()
+    shared.init_from(net, backbone, new_head=True)
+    assert net.layer1[0].conv1.weight.equal(backbone["layer1.0.conv1.weight"])
+    with pytest.raises(ValueError, match="do not fit"):
+        shared.init_from(net, backbone, new_head=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        shared.init_from(net, {**backbone, "layer9.weight": torch.zeros(1)}, new_head=True)
+    with pytest.raises(ValueError, match="do not fit"):
+        shared.init_from(net, shared.gray_resnet("resnet34", 0).state_dict(), new_head=True)
+
+
+# --- inference ---
+
+
+def test_predict_is_one_answer_a_face_whatever_the_batch(sample_photo):
+    classifier = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+    with Image.open(sample_photo) as file:
+        image = file.convert("RGB")
+    boxes = shared.FaceFinder().find(image).boxes
+    probs = classifier.predict(image, boxes)
+    assert probs.shape == (4, len(classifier.classes))
+    assert probs.dtype == np.float32
+    assert np.allclose(probs.sum(1), 1, atol=1e-5)
+    assert np.allclose(classifier.predict(image, boxes[2:3]), probs[2:3], atol=1e-4)
+    assert classifier.predict(image, boxes[:0]).shape == (0, 5)
+
+
+# --- command line ---
+
+
+def test_one_line_errors_lets_bugs_through():
+    def bug(argv):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError):
+        shared.one_line_errors(bug)()
+
+
+def test_pick_device_refuses_what_is_not_there():
+    missing = "mps" if not torch.backends.mps.is_available() else "cuda"
+    with pytest.raises(ValueError, match=f"no {missing} device"):
+        shared.pick_device(missing)

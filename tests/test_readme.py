@@ -1,0 +1,116 @@
+"""Every command of the README runs, in order, as printed; the long ones on a small cut of real data."""
+
+import lzma
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT
+
+import model as shared
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in block.replace("\\\n", "").splitlines()
+]
+INSTALLS = [command for command in COMMANDS if "venv" in command]
+STAGES = [command for command in COMMANDS if command.startswith("python ")]
+
+# What is added so that a stage takes seconds. A download asks only whether its options are right.
+SMOKE = {
+    "unpack_fer_data.py": [],
+    "download_data.py": ["--help"],
+    "finetune_gray_imagenet.py": ["--limit", "4", "--epochs", "1", "--image-size", "32"],
+    "finetune_fer.py": ["--limit", "20", "--epochs", "1", "--image-size", "32"],
+    "finetune_emotion.py": ["--epochs", "1", "--image-size", "32"],
+    "detect_emotions.py": [],
+}
+
+
+def cut_fer(source, target):
+    """Keep the rows 0-199 of each split."""
+    kept = {"Training": 200, "PublicTest": 200, "PrivateTest": 200}
+    with lzma.open(source, "rt") as rows, target.open("w") as cut:
+        cut.write(next(rows))
+        for row in rows:
+            usage = row.rstrip().rsplit(",", 1)[1]
+            if kept[usage]:
+                kept[usage] -= 1
+                cut.write(row)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, real_data):
+    """Lay out a fresh checkout with what a user brings, and torchvision's weights in its download folder."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    shutil.copytree(ROOT / "resources", folder / "resources")
+    cut_fer(real_data / "fer2013.csv.xz", folder / "fer2013.csv")
+    for path in shared.list_images(real_data / "imagenet-sample", limit=6):
+        shutil.copy(path, folder)
+        (folder / "data" / "imagenet" / path.parent.name).mkdir(parents=True)
+        shutil.move(folder / path.name, folder / "data" / "imagenet" / path.parent.name)
+    for emotion in shared.EMOTIONS:
+        (folder / "data" / "google" / emotion).mkdir(parents=True)
+        for path in shared.list_images(real_data / "scraped" / emotion, limit=5):
+            shutil.copy(path, folder / "data" / "google" / emotion)
+    kept = folder / "torch" / "hub" / "checkpoints"
+    kept.mkdir(parents=True)
+    name = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    torch.save(torch.load(real_data / "resnet50_imagenet.pth", weights_only=True), kept / name)
+    return folder
+
+
+def test_ci_runs_the_two_commands_as_printed():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    one, other = [command for command in INSTALLS if "requirements.txt" in command]
+    assert one.endswith("detect_emotions.py resources/sample.jpg")
+    assert other.endswith("-m pytest")
+    assert {one, other} <= set(ci)
+
+
+def test_the_readme_shows_every_script():
+    assert {shlex.split(command)[1] for command in STAGES} == set(SMOKE)
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_a_command_of_the_readme_runs(workplace, command):
+    _, script, *options = shlex.split(command)
+    run = subprocess.run(
+        [sys.executable, script, *options, *SMOKE[script]],
+        cwd=workplace,
+        env={**os.environ, "TORCH_HOME": str(workplace / "torch")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip()
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("script", sorted(SMOKE))
+def test_help_explains_every_option(script):
+    run = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0
+    options = re.findall(r"^  (--[\w-]+)(.*?)(?=^  --|\Z)", run.stdout, re.MULTILINE | re.DOTALL)
+    assert options
+    for name, text in options:
+        assert len(text.split()) > 3, f"{name} is not explained"
+
+
+def test_every_image_of_the_readme_is_there():
+    images = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert images
+    assert all((ROOT / image).is_file() for image in images)
