@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import model as shared
@@ -27,7 +27,7 @@ def cut_face(photo: Path, finder: shared.FaceFinder, margin: float) -> Image.Ima
     """Cut a photo to its single face, gray, FACE_SIZE pixels; or say why not."""
     try:
         with Image.open(photo) as file:
-            image = file.convert("RGB")
+            image = ImageOps.exif_transpose(file).convert("RGB")
     except (OSError, Image.DecompressionBombError):
         return "not readable"
     faces = finder.find(image)

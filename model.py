@@ -194,9 +194,14 @@ def list_images(folder: Path, limit: int | None = None) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
     if not paths:
         raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
-    if limit and limit < len(paths):
-        paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    return paths
+    return spread(paths, limit)
+
+
+def spread(items: Sequence[Path], limit: int | None) -> Sequence[Path]:
+    """Take `limit` items (None: all) evenly spaced, so that each class of a sorted list gets its share."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Tensor:
@@ -215,7 +220,7 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Te
                 if size:
                     file.draft(mode, (size, size))  # JPEG: decode no more pixels than needed
                 image = file.convert(mode)
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is not a readable image ({error}); remove or replace it") from None
         side = min(image.size)
         x, y = (image.width - side) // 2, (image.height - side) // 2
@@ -237,17 +242,10 @@ def load_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -
     """Read `folder`/<class>/* as uint8 gray images (N, 1, S, S) and int64 labels (N,), indices of `classes`.
 
     Raises:
-        ValueError: there are no images, or a class has no folder.
+        ValueError: a class has no images.
     """
-    for name in classes:
-        if not (folder / name).is_dir():
-            raise ValueError(
-                f"{folder} has no folder {name!r}; expected one for each of {', '.join(classes)}"
-            )
-    paths = [path for path in list_images(folder) if path.parent.name in classes]
-    if limit and limit < len(paths):
-        paths = [paths[i * len(paths) // limit] for i in range(limit)]
-    labels = torch.tensor([classes.index(path.parent.name) for path in paths])
+    paths = spread([path for name in classes for path in list_images(folder / name)], limit)
+    labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
     return load_images(paths, "L"), labels
 
 

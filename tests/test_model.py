@@ -134,7 +134,7 @@ def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
 
 
 def test_load_faces_names_a_missing_class(fer_dir):
-    with pytest.raises(ValueError, match="no folder 'neutral'"):
+    with pytest.raises(ValueError, match=r"no images in .*neutral"):
         shared.load_faces(fer_dir / "train", ("angry", "neutral"))
 
 
