@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import model as shared
@@ -26,9 +26,8 @@ FACE_SIZE = 96  # pixels, side of the kept crops: half again the network's usual
 def cut_face(photo: Path, finder: shared.FaceFinder, margin: float) -> Image.Image | str:
     """Cut a photo to its single face, gray, FACE_SIZE pixels; or say why not."""
     try:
-        with Image.open(photo) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, Image.DecompressionBombError):
+        image = shared.load_photo(photo)
+    except ValueError:
         return "not readable"
     faces = finder.find(image)
     if len(faces.boxes) != 1:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -38,6 +38,49 @@ CROP_MARGIN = 0.0
 COLOR_MEAN, COLOR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRAY_MEAN, GRAY_STD = 0.449, 0.226  # their means over the channels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
+
+
+# --- photos ---
+
+KEPT_INFO = ("icc_profile", "transparency")
+# What Pillow raises for files that it cannot read; found by damaging files of a dozen formats at random.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+
+
+def load_photo(path: Path) -> Image.Image:
+    """Read a photo, or an animation's first frame, upright and as RGB; `info` keeps an RGB colour profile.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image.getexif()  # Pillow remembers it; taken out of `info`, it is not rewritten, which may fail
+            image.info = {name: image.info[name] for name in KEPT_INFO if name in image.info}
+            profile = image.info.get("icc_profile") or b""
+            photo = to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not an image that Pillow can read; convert it to JPEG or PNG") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ValueError(f"{path} has more than {limit} million pixels; scale it down first") from None
+    except PILLOW_ERRORS as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    photo.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # its data colour space field
+    return photo
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB; transparent parts become white."""
+    if image.mode.startswith(("I", "F")):  # 16 bits or more, which convert() would clip instead of scale
+        values = np.asarray(image, np.float32)
+        white = 65535 if image.mode.startswith("I") else max(values.max(), 1)
+        image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # --- faces ---
@@ -68,7 +111,10 @@ class FaceFinder:
         self._mtcnn = MTCNN(keep_all=True, min_face_size=min_face_size, device=device)
 
     def find(self, image: Image.Image) -> Faces:
-        """Find the faces of an RGB image that are at least `min_prob` sure, the surest first."""
+        """Find the faces of an RGB image that are at least `min_prob` sure, the surest first.
+
+        A box may reach over the image's edge but not lie outside.
+        """
         boxes = None
         if min(image.size) >= self.min_face_size:  # else MTCNN has no scale to search and raises
             boxes, probs, landmarks = self._mtcnn.detect(image, landmarks=True)
@@ -76,9 +122,11 @@ class FaceFinder:
             return Faces(
                 np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty((0, 5, 2), np.float32)
             )
-        order = np.argsort(-probs.astype(np.float32), kind="stable")
-        order = order[probs[order] >= self.min_prob]
-        return Faces(*(np.asarray(part, np.float32)[order] for part in (boxes, probs, landmarks)))
+        boxes, probs, landmarks = (np.asarray(part, np.float32) for part in (boxes, probs, landmarks))
+        is_inside = (boxes[:, :2] < image.size).all(1) & (boxes[:, 2:] > 0).all(1)
+        order = np.argsort(-probs, kind="stable")
+        order = order[(is_inside & (probs >= self.min_prob))[order]]
+        return Faces(boxes[order], probs[order], landmarks[order])
 
 
 def crop_faces(image: Image.Image, boxes: np.ndarray, margin: float) -> list[Image.Image]:
@@ -809,13 +857,18 @@ def one_line_errors(main: Callable) -> Callable:
     """Decorate a script's `main`: a user's mistake becomes one line on stderr, not a traceback.
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
-    code 1, Ctrl-C with 130.
+    code 1, and so does a closed stdout, silently; Ctrl-C ends with 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
+        except (
+            BrokenPipeError
+        ):  # whoever reads stdout has enough; what is still buffered must not raise again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:

@@ -1,0 +1,599 @@
+import csv
+import errno
+import functools
+import itertools
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageCms, ImageColor, ImageDraw
+
+import model as shared
+from detect_emotions import (
+    COLORS,
+    MIN_FONT_SIZE,
+    class_colors,
+    draw_faces,
+    fit_font,
+    label_size,
+    main,
+    overlaps,
+    place_labels,
+    text_color,
+)
+
+SAMPLE = shared.DEFAULT_MODEL.with_name("sample.jpg")  # 960x960, four portraits
+# Marked by hand in `portrait`; the face from hairline to chin.
+ASTRONAUT = {"eyes": ((99.5, 94.5), (140.5, 97)), "face": (77.5, 75, 165, 166.5)}
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1, for linear RGB.
+COLOR_BLINDNESS = {
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def load_each_model_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared.Classifier, "load", functools.cache(shared.Classifier.load))
+        yield
+
+
+@pytest.fixture
+def portrait():
+    """The sample's astronaut at half the size: one face, not square."""
+    with Image.open(SAMPLE) as image:
+        return image.resize((220, 240), box=(0, 0, 440, 480))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the script and return its exit code, stdout and stderr."""
+
+    def run(*args):
+        code, message = 0, ""
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err + message
+
+    return run
+
+
+@pytest.fixture
+def read(run):
+    """Run the script with --json and return its records."""
+
+    def read(*args):
+        code, out, err = run("--json", *args)
+        assert code == 0, err
+        return [json.loads(line) for line in out.splitlines()]
+
+    return read
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+# --- what it tells ---
+
+
+def test_main_prints_a_line_for_each_face_from_left_to_right(run, tmp_path):
+    code, out, err = run(SAMPLE, "--out-dir", tmp_path)
+    assert (code, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    boxes = [[int(value) for value in row[1].split(",")] for row in rows]
+    assert len(rows) == 4
+    assert boxes == sorted(boxes)
+    assert all(0 <= x0 < x1 <= 960 and 0 <= y0 < y1 <= 960 for x0, y0, x1, y1 in boxes)
+    for name, _, emotion, prob in rows:
+        assert name == str(SAMPLE)
+        assert emotion in shared.EMOTIONS
+        assert 0.2 <= float(prob) <= 1  # the largest of five
+
+
+def test_json_finds_the_face_where_a_person_marked_it(read, portrait, tmp_path):
+    portrait.save(tmp_path / "portrait.png")
+    (record,) = read(tmp_path / "portrait.png")
+    (face,) = record["faces"]
+    box, marked = np.array([face["box"]]), np.array([ASTRONAUT["face"]])
+    union = np.prod(box[:, 2:] - box[:, :2]) + np.prod(marked[:, 2:] - marked[:, :2]) - overlaps(box, marked)
+    assert overlaps(box, marked) / union > 0.6  # the two include different amounts of forehead
+    eyes = [face["landmarks"]["left_eye"], face["landmarks"]["right_eye"]]
+    np.testing.assert_allclose(eyes, ASTRONAUT["eyes"], atol=3)
+
+
+def test_json_describes_the_image_and_each_face(read, tmp_path):
+    (record,) = read(SAMPLE, "--out-dir", tmp_path)
+    assert {key: record[key] for key in ("file", "width", "height")} == {
+        "file": str(SAMPLE),
+        "width": 960,
+        "height": 960,
+    }
+    for face in record["faces"]:
+        assert set(face) == {"box", "face_prob", "landmarks", "emotion", "prob", "probs"}
+        assert 0.9 <= face["face_prob"] <= 1
+        assert tuple(face["probs"]) == shared.EMOTIONS
+        assert sum(face["probs"].values()) == pytest.approx(1, abs=0.001)
+        assert face["prob"] == face["probs"][face["emotion"]] == max(face["probs"].values())
+        x0, y0, x1, y1 = face["box"]
+        points = face["landmarks"]
+        assert all(x0 < x < x1 and y0 < y < y1 for x, y in points.values())
+        assert points["left_eye"][0] < points["nose"][0] < points["right_eye"][0]
+        assert points["nose"][1] < min(points["mouth_left"][1], points["mouth_right"][1])
+
+
+def test_csv_holds_what_json_tells(read, tmp_path):
+    table = tmp_path / "new folder" / "faces.csv"
+    (record,) = read(SAMPLE, "--out-dir", tmp_path, "--csv", table)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["face"] for row in rows] == ["1", "2", "3", "4"]
+    for row, face in zip(rows, record["faces"], strict=True):
+        told = {"file": record["file"], "emotion": face["emotion"]}
+        told |= dict(zip(("x0", "y0", "x1", "y1"), face["box"], strict=True))
+        told |= {"face_prob": face["face_prob"], "prob": face["prob"]}
+        told |= {f"prob_{name}": prob for name, prob in face["probs"].items()}
+        for name, (x, y) in face["landmarks"].items():
+            told |= {f"{name}_x": x, f"{name}_y": y}
+        assert {key: value for key, value in row.items() if key != "face"} == {
+            key: str(value) for key, value in told.items()
+        }
+
+
+def test_photo_without_a_face_is_a_result(run, tmp_path):
+    photo = tmp_path / "wall.png"
+    Image.effect_noise((120, 90), 40).save(photo)
+    code, out, err = run(photo, "--csv", tmp_path / "faces.csv")
+    assert (code, out) == (0, "")
+    assert err == f"{photo}: no face found\n"
+    np.testing.assert_array_equal(pixels(tmp_path / "wall_emotions.png"), pixels(photo))
+    header, *rows = (tmp_path / "faces.csv").read_text().splitlines()
+    assert header.startswith("file,face,x0,y0,x1,y1,face_prob,emotion,prob,prob_angry,")
+    assert rows == []
+
+
+def test_real_photo_without_a_face_has_none(read, real_data, tmp_path):
+    (record,) = read(real_data / "photos" / "no-faces.jpg", "--out-dir", tmp_path)
+    assert record["faces"] == []
+
+
+def test_min_face_size_leaves_out_small_faces(read, portrait, tmp_path):
+    photo = portrait.resize((440, 480))
+    photo.paste(portrait.resize((66, 72)), (370, 400))
+    photo.save(tmp_path / "photo.png")
+    (with_small,) = read(tmp_path / "photo.png", "--min-face-size", 20)
+    (without,) = read(tmp_path / "photo.png", "--min-face-size", 150)
+    widths = [face["box"][2] - face["box"][0] for face in with_small["faces"]]
+    assert widths == [pytest.approx(170, abs=15), pytest.approx(26, abs=5)]
+    assert len(without["faces"]) == 1
+    assert without["faces"][0]["box"] == pytest.approx(with_small["faces"][0]["box"], abs=15)
+
+
+def test_min_face_prob_leaves_out_unsure_faces(read, tmp_path):
+    options = ("--out-dir", tmp_path, "--min-face-size", 300)  # at this size the detector's certainty varies
+    (record,) = read(SAMPLE, *options)
+    probs = sorted(face["face_prob"] for face in record["faces"])
+    threshold = (probs[0] + probs[1]) / 2
+    assert probs[0] < threshold < probs[1]
+    (record,) = read(SAMPLE, *options, "--min-face-prob", threshold)
+    assert sorted(face["face_prob"] for face in record["faces"]) == probs[1:]
+
+
+@pytest.mark.parametrize("option", ["--min-face-prob=1.5", "--min-face-size=0", "--device=abacus"])
+def test_options_out_of_range_are_refused(run, option):
+    code, out, err = run(SAMPLE, option)
+    assert (code, out) == (2, "")
+    assert f"argument {option.split('=')[0]}: " in err
+
+
+def test_classes_come_from_the_checkpoint(read, portrait, tmp_path):
+    classes = ("bored", "fearful", "happy", "neutral")
+    network = shared.gray_resnet("resnet18", len(classes))
+    torch.nn.init.zeros_(network.fc.weight)
+    network.fc.bias.data = torch.tensor([3.0, 0, 0, 0])
+    about = {"stage": "fer", "arch": "resnet18", "classes": classes, "image_size": 64, "crop_margin": 0.2}
+    checkpoint = {**about, "temperature": 1.0, "model": network.state_dict()}
+    shared.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    portrait.save(tmp_path / "photo.png")
+    (record,) = read(tmp_path / "photo.png", "--model", tmp_path / "best.pt", "--csv", tmp_path / "faces.csv")
+    assert tuple(record["faces"][0]["probs"]) == classes
+    assert record["faces"][0]["emotion"] == "bored"
+    header = (tmp_path / "faces.csv").read_text().splitlines()[0]
+    assert ",prob,prob_bored,prob_fearful,prob_happy,prob_neutral,left_eye_x," in header
+
+
+# --- what it reads ---
+
+
+def test_exif_orientation_is_honoured(read, portrait, tmp_path):
+    how_stored = {  # the inverse of what the tag asks the reader to do
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    for orientation, method in how_stored.items():
+        stored = portrait if method is None else portrait.transpose(method)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"{orientation}.png", exif=exif)
+    records = read(*(tmp_path / f"{orientation}.png" for orientation in how_stored))
+    assert len(records[0]["faces"]) == 1
+    for orientation, record in zip(how_stored, records, strict=True):
+        assert record == {**records[0], "file": str(tmp_path / f"{orientation}.png")}
+        copy = pixels(tmp_path / f"{orientation}_emotions.png")
+        np.testing.assert_array_equal(copy, pixels(tmp_path / "1_emotions.png"))
+
+
+def test_damaged_exif_does_no_harm(read, portrait, tmp_path):
+    orientation = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    text_where_a_number_belongs = struct.pack(">HHI4s", 0x0128, 2, 2, b"x")
+    entries = struct.pack(">H", 2) + orientation + text_where_a_number_belongs + bytes(4)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + entries
+    portrait.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    (record,) = read(tmp_path / "photo.png")
+    assert (record["width"], record["height"], len(record["faces"])) == (220, 240, 1)
+
+
+def test_images_of_every_mode_are_read(read, portrait, tmp_path):
+    gray = portrait.convert("L")
+    alpha = Image.new("L", portrait.size, 255)
+    ImageDraw.Draw(alpha).rectangle((0, 200, 220, 240), fill=0)
+    transparent = portrait.copy()
+    transparent.putalpha(alpha)
+    transparent_gray = gray.copy()
+    transparent_gray.putalpha(alpha)
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    photos = {
+        "rgb.png": portrait,
+        "rgba.png": transparent,
+        "la.png": transparent_gray,
+        "palette.png": transparent.quantize(256),
+        "gray.jpg": gray,
+        "deep.png": deep,
+        "deep.tif": deep,
+        "float.tiff": Image.fromarray(np.asarray(gray, np.float32) / 255),
+        "cmyk.jpg": portrait.convert("CMYK"),
+        "animated.gif": portrait.quantize(256),
+        "photo.webp": portrait,
+        "photo.bmp": portrait,
+    }
+    for name, image in photos.items():
+        frames = {"save_all": True, "append_images": [Image.new("P", image.size)]} if "gif" in name else {}
+        image.save(tmp_path / name, **frames)
+    records = read("--out-dir", tmp_path / "out", *(tmp_path / name for name in photos))
+
+    boxes = [record["faces"][0]["box"] for record in records]
+    np.testing.assert_allclose(boxes, [boxes[0]] * len(boxes), atol=4)  # colour and losses move it a little
+    copies = {path.name for path in (tmp_path / "out").iterdir()}
+    kept = {name.replace(".", "_emotions.") for name in photos if name not in ("cmyk.jpg", "animated.gif")}
+    assert copies == kept | {"cmyk_emotions.png", "animated_emotions.png"}
+    brightness = pixels(tmp_path / "rgb.png").mean()
+    for name in ("deep_emotions.png", "deep_emotions.tif", "float_emotions.tiff", "cmyk_emotions.png"):
+        assert pixels(tmp_path / "out" / name).mean() == pytest.approx(brightness, abs=8)
+    for name in ("rgba", "la", "palette"):
+        assert pixels(tmp_path / "out" / f"{name}_emotions.png")[235, 110].tolist() == [255, 255, 255]
+
+
+def test_bad_files_do_not_lose_the_good_one(run, portrait, tmp_path):
+    good, missing, text, cut, bomb = (
+        tmp_path / name for name in ("good.jpg", "missing.jpg", "text.jpg", "cut.jpg", "bomb.png")
+    )
+    portrait.save(good)
+    text.write_text("not a photo")
+    cut.write_bytes(good.read_bytes()[:5000])
+    portrait.save(bomb)
+    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + bytes([8, 2, 0, 0, 0])
+    png = bomb.read_bytes()
+    bomb.write_bytes(png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:])
+
+    code, out, err = run(missing, text, good, cut, bomb, tmp_path, "--csv", tmp_path / "faces.csv")
+    assert code == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(good)]
+    for path, reason in {
+        missing: "No such file",
+        text: "not an image",
+        cut: "truncated",
+        bomb: "million pixels",
+        tmp_path: "directory",
+    }.items():
+        assert any(line.startswith(f"error: {path} ") and reason in line for line in err.splitlines()), err
+    assert len(err.splitlines()) == 5
+    assert len((tmp_path / "faces.csv").read_text().splitlines()) == 2
+    written = {path.name for path in tmp_path.iterdir()} - {"good.jpg", "text.jpg", "cut.jpg", "bomb.png"}
+    assert written == {"good_emotions.jpg", "faces.csv"}
+
+
+# --- what it writes ---
+
+
+def test_copy_differs_from_the_photo_only_at_the_faces(read, portrait, tmp_path):
+    photo = tmp_path / "photo_emotions.png"
+    portrait.save(photo)
+    (record,) = read(photo)
+    x0, y0, x1, y1 = record["faces"][0]["box"]
+    changed = np.argwhere((pixels(tmp_path / "photo_emotions_emotions.png") != pixels(photo)).any(2))
+    top, left = changed.min(0)
+    bottom, right = changed.max(0)
+    assert left == pytest.approx(x0, abs=1)
+    assert x1 - 2 < right < x1 + 60  # the label may be wider than the box
+    assert bottom == pytest.approx(y1 - 1, abs=1)
+    assert y0 - 30 < top < y0 - 10  # the label stands on the box
+    np.testing.assert_array_equal(pixels(photo), np.asarray(portrait))
+
+
+def test_rgb_color_profile_is_kept_and_others_are_not(read, portrait, tmp_path):
+    rgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    cmyk = rgb[:16] + b"CMYK" + rgb[20:]
+    for suffix in ("jpg", "png", "webp", "tif"):
+        portrait.save(tmp_path / f"rgb.{suffix}", icc_profile=rgb)
+    portrait.convert("CMYK").save(tmp_path / "cmyk.jpg", icc_profile=cmyk)
+    photos = sorted(tmp_path.iterdir())
+    read("--out-dir", tmp_path / "out", *photos)
+    profiles = {}
+    for path in (tmp_path / "out").iterdir():
+        with Image.open(path) as image:
+            profiles[path.name] = image.info.get("icc_profile")
+    assert profiles.pop("cmyk_emotions.png") is None
+    assert len(profiles) == 4
+    assert all(profile == rgb for profile in profiles.values())
+
+
+def test_copies_never_overwrite_photos_or_each_other(run, portrait, tmp_path):
+    for name in ("a/photo.png", "b/photo.png", "a/photo_emotions.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        portrait.save(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    a, b, marked = tmp_path / "a/photo.png", tmp_path / "b/photo.png", tmp_path / "a/photo_emotions.png"
+    for args, named in (
+        ((a, b, "--out-dir", tmp_path / "out"), (a, b)),
+        ((a, marked), (a, marked)),
+        ((a, "--out-dir", tmp_path / "out", "--csv", a), (a,)),
+        ((a, "--out-dir", tmp_path / "out", "--csv", tmp_path / "out/photo_emotions.png"), ()),
+    ):
+        code, out, err = run(*args)
+        assert (code, out, err.count("\n")) == (1, "", 0)
+        assert err.startswith("error: ")
+        assert all(str(path) in err for path in named)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_photo_named_twice_is_labelled_once(read, portrait, tmp_path):
+    portrait.save(tmp_path / "photo.png")
+    assert len(read(tmp_path / "photo.png", tmp_path / "photo.png")) == 1
+
+
+def test_impossible_output_is_one_line(run, portrait, tmp_path):
+    portrait.save(tmp_path / "photo.png")
+    code, out, err = run(tmp_path / "photo.png", "--out-dir", tmp_path / "photo.png")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: cannot write {tmp_path / 'photo.png' / 'photo_emotions.png'}")
+    assert len(err.splitlines()) == 1
+
+
+def test_failed_write_leaves_the_earlier_copy(run, portrait, tmp_path, monkeypatch):
+    def fill_the_disk(image, path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    portrait.save(tmp_path / "photo.png")
+    (tmp_path / "photo_emotions.png").write_bytes(b"earlier")
+    monkeypatch.setattr(Image.Image, "save", fill_the_disk)
+    code, out, err = run(tmp_path / "photo.png")
+    assert (code, out) == (1, "")
+    assert err == f"error: cannot write {tmp_path / 'photo_emotions.png'}: No space left on device\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "photo_emotions.png"}
+    assert (tmp_path / "photo_emotions.png").read_bytes() == b"earlier"
+
+
+def test_font_option_changes_the_label(run, portrait, tmp_path):
+    portrait.save(tmp_path / "photo.png")
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSerif.ttf"
+    assert run(tmp_path / "photo.png", "--out-dir", tmp_path / "1")[0] == 0
+    assert run(tmp_path / "photo.png", "--out-dir", tmp_path / "2", "--font", font)[0] == 0
+    assert (pixels(tmp_path / "1/photo_emotions.png") != pixels(tmp_path / "2/photo_emotions.png")).any()
+    code, out, err = run(tmp_path / "photo.png", "--font", SAMPLE)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {SAMPLE} is not a font")
+
+
+# --- labels ---
+
+
+def crowd(rng, num_faces, image_size):
+    """Random boxes (N, 4) inside an image, their fonts, and the sizes of two wordings for each."""
+    short = min(image_size)
+    sides = rng.integers(max(8, short // 40), max(9, short // 3), num_faces)
+    left_top = rng.uniform(0, np.array(image_size) - sides[:, None])
+    boxes = np.hstack([left_top, left_top + sides[:, None]]).round()
+    words = rng.choice(shared.EMOTIONS, num_faces)
+    fonts = [fit_font(None, word, box, image_size) for word, box in zip(words, boxes, strict=True)]
+    pairs = zip(words, fonts, strict=True)
+    sizes = [(label_size(f"{word} 97%", font), label_size(word, font)) for word, font in pairs]
+    return boxes, words, fonts, sizes
+
+
+@pytest.mark.parametrize("image_size", [(24, 24), (60, 40), (40, 600), (640, 480), (8000, 6000)])
+def test_labels_stay_inside_the_image(image_size):
+    rng = np.random.default_rng(sum(image_size))
+    for num_faces in (1, 2, 5, 30):
+        boxes, _, _, sizes = crowd(rng, num_faces, image_size)
+        wordings, labels = place_labels(boxes, sizes, image_size)
+        assert labels.min() >= 0
+        assert (labels[:, 2:] <= image_size).all()
+        chosen = [size[wording] for size, wording in zip(sizes, wordings, strict=True)]
+        np.testing.assert_array_equal(labels[:, 2:] - labels[:, :2], chosen)
+
+
+def test_place_labels_without_faces_gives_empty_arrays():
+    wordings, labels = place_labels(np.empty((0, 4)), [], (640, 480))
+    assert wordings.shape == (0,)
+    assert labels.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("box", "label"),
+    [
+        ((100, 100, 160, 180), (100, 80, 190, 100)),  # above, flush left
+        ((500, 100, 560, 180), (470, 80, 560, 100)),  # flush right at the right edge
+        ((100, 10, 160, 90), (100, 90, 190, 110)),  # below where the top edge is near
+        ((100, 0, 160, 400), (100, 0, 190, 20)),  # inside where there is neither
+    ],
+)
+def test_label_goes_above_its_box_else_below_else_inside(box, label):
+    wordings, labels = place_labels(np.array([box]), [[(90, 20), (90, 20)]], (560, 400))
+    assert wordings.tolist() == [0]
+    np.testing.assert_array_equal(labels, [label])
+
+
+def test_label_avoids_a_face_above():
+    boxes = np.array([(100, 100, 160, 180), (100, 200, 160, 280)])
+    _, labels = place_labels(boxes, [[(90, 30), (60, 30)]] * 2, (600, 400))
+    assert overlaps(labels, boxes).sum() == 0
+    assert overlaps(labels, labels).sum() == 2 * 90 * 30  # each only with itself
+
+
+def test_labels_of_a_dense_row_drop_their_percentage_rather_than_overlap():
+    boxes = np.array([(x, 30, x + 38, 70) for x in range(0, 400, 40)])
+    wide_apart = np.array([(x, 30, x + 38, 70) for x in range(0, 4000, 400)])
+    sizes = [[(78, 16), (40, 16)]] * 10
+    wordings, labels = place_labels(boxes, sizes, (400, 100))
+    areas = np.prod(labels[:, 2:] - labels[:, :2], axis=1)
+    assert wordings.sum() > 0
+    assert overlaps(labels, labels).sum() == areas.sum()
+    assert overlaps(labels, boxes).sum() == 0
+    assert place_labels(wide_apart, sizes, (4000, 100))[0].sum() == 0
+
+
+def test_labels_hide_less_than_labels_that_all_stand_above_their_box():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        boxes, _, _, sizes = crowd(rng, 30, (1024, 768))
+        _, labels = place_labels(boxes, sizes, (1024, 768))
+        size = np.array([size[0] for size in sizes])
+        start = (boxes[:, :2] - size * (0, 1)).clip(0, np.array((1024, 768)) - size)
+        above = np.hstack([start, start + size])
+
+        def hidden(labels, boxes=boxes):
+            return np.triu(overlaps(labels, labels), 1).sum() + overlaps(labels, boxes).sum()
+
+        assert hidden(labels) < 0.7 * hidden(above)
+
+
+def test_labels_of_a_real_group_do_not_overlap(read, real_data, tmp_path):
+    (record,) = read(real_data / "photos" / "18f_roth-selfie.jpg", "--out-dir", tmp_path)
+    faces = record["faces"]
+    assert len(faces) >= 34
+    size = (record["width"], record["height"])
+    boxes = np.array([face["box"] for face in faces]).round()
+    fonts = [fit_font(None, "disgusted", box, size) for box in boxes]
+    sizes = [[label_size(text, font) for text in ("disgusted 100%", "disgusted")] for font in fonts]
+    _, labels = place_labels(boxes, sizes, size)  # the longest words, so the hardest case
+    shared = np.triu(overlaps(labels, labels), 1).sum()
+    assert shared < 0.02 * np.prod(labels[:, 2:] - labels[:, :2], axis=1).sum()
+    others = overlaps(labels, boxes)
+    np.fill_diagonal(others, 0)
+    assert others.sum() < 0.05 * np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).sum()
+
+
+@pytest.mark.parametrize("image_size", [(60, 80), (320, 240), (1024, 768), (8000, 6000)])
+def test_font_is_readable_and_fits_the_image(image_size):
+    rng = np.random.default_rng(1)
+    _, words, fonts, _ = crowd(rng, 40, image_size)
+    for word, font in zip(words, fonts, strict=True):
+        assert (np.array(label_size(word, font)) <= image_size).all()
+        one_larger = label_size(word, font.font_variant(size=font.size + 1))
+        assert font.size >= MIN_FONT_SIZE or one_larger[0] > image_size[0]
+    assert MIN_FONT_SIZE >= 10
+
+
+def test_font_and_line_grow_with_the_image(portrait):
+    face = {"box": (150, 115, 325, 325), "emotion": "happy", "prob": 0.97}
+    colors = class_colors(shared.EMOTIONS)
+    marked_parts = []
+    for scale in (1, 10):
+        image = portrait.resize((440 * scale, 480 * scale))
+        box = tuple(value * scale for value in face["box"])
+        marked = draw_faces(image, [{**face, "box": box}], colors)
+        marked_parts.append(np.mean(np.asarray(marked) == ImageColor.getrgb(COLORS["happy"])))
+    assert marked_parts[1] == pytest.approx(marked_parts[0], rel=0.15)
+
+
+def test_draw_faces_leaves_the_image_alone(portrait):
+    before = portrait.copy()
+    face = {"box": (-0.4, 0.0, 220.0, 240.0), "emotion": "sad", "prob": 0.5}
+    marked = draw_faces(portrait, [face], class_colors(shared.EMOTIONS))
+    assert ImageChops.difference(portrait, before).getbbox() is None
+    for corner in ((0, 239), (219, 239), (219, 0)):  # the box is visible along the image's edges
+        assert marked.getpixel(corner) == ImageColor.getrgb(COLORS["sad"])
+
+
+# --- colours ---
+
+
+def linear_rgb(color):
+    values = np.array(ImageColor.getrgb(color)) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(linear):
+    """CIELAB, white point D65."""
+    to_xyz = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)])
+    ratios = to_xyz @ linear.clip(0, 1) / to_xyz.sum(1)
+    x, y, z = np.where(ratios > (6 / 29) ** 3, np.cbrt(ratios), ratios * (29 / 6) ** 2 / 3 + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", [None, *COLOR_BLINDNESS])
+def test_emotions_have_colors_that_the_color_blind_can_tell_apart(vision):
+    matrix = np.array(COLOR_BLINDNESS[vision]) if vision else np.eye(3)
+    seen = {name: lab(matrix @ linear_rgb(color)) for name, color in COLORS.items()}
+    for pair in itertools.combinations(COLORS, 2):
+        distance = np.linalg.norm(seen[pair[0]] - seen[pair[1]])
+        # 2.3 is just noticeable side by side; here colours are far apart and around thin lines.
+        assert distance > (24 if set(pair) <= set(shared.EMOTIONS) else 15), pair
+
+
+def test_every_class_has_a_color_of_its_own():
+    for classes in (
+        shared.EMOTIONS,
+        (*shared.EMOTIONS, "fearful", "neutral"),
+        (*shared.EMOTIONS, "bored", "calm"),
+        ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"),
+    ):
+        colors = class_colors(classes)
+        assert tuple(colors) == classes
+        assert len(set(colors.values())) == len(classes)
+    assert set(class_colors([*COLORS, "bored"])) == {*COLORS, "bored"}  # more than there are colours
+
+
+@pytest.mark.parametrize("color", COLORS.values())
+def test_text_contrasts_with_its_label(color):
+    def luminance(color):
+        return linear_rgb(color) @ (0.2126, 0.7152, 0.0722)
+
+    darker, lighter = sorted((luminance(color), luminance(text_color(color))))
+    assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # WCAG 2.1, level AA
