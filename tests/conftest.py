@@ -1,5 +1,6 @@
 """Real data, and small checkpoints of the real kinds, for all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,9 @@ ROOT = Path(__file__).parent.parent
 # FER2013, ImageNet and photos are too big or not free to ship; a checkout that has them has them here.
 REAL_DATA = ROOT.parent / "shared" / "data"
 
-
-@pytest.fixture(autouse=True)
-def _two_threads():
-    """Give every test the same arithmetic, whatever ran before it."""
-    torch.set_num_threads(2)
+# The networks here are so small that threads wait more than they work, most of all beside other processes.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,10 @@ import errno
 import functools
 import itertools
 import json
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageColor, ImageDraw
 
+import detect_emotions
 import model as shared
 from detect_emotions import (
     COLORS,
@@ -392,6 +396,29 @@ def test_impossible_output_is_one_line(run, portrait, tmp_path):
     assert (code, out) == (1, "")
     assert err.startswith(f"error: cannot write {tmp_path / 'photo.png' / 'photo_emotions.png'}")
     assert len(err.splitlines()) == 1
+
+
+def test_an_opencv_without_its_system_libraries_does_no_harm(portrait, tmp_path):
+    """facenet-pytorch imports OpenCV where there is one; on a bare container that import fails."""
+    portrait.save(tmp_path / "portrait.png")
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    run = subprocess.run(
+        [sys.executable, detect_emotions.__file__, tmp_path / "portrait.png"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(run.stdout.splitlines()) == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    command = [sys.executable, detect_emotions.__file__, SAMPLE, "--out-dir", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `head -0` does
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
 
 
 def test_failed_write_leaves_the_earlier_copy(run, portrait, tmp_path, monkeypatch):
