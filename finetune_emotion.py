@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = shared.load_network(start).to(device, memory_format=torch.channels_last)
     shared.freeze_except(net, args.unfreeze)
     shared.start_run(args, net, device, {"train": train.describe(classes), "val": val.describe(classes)})
-    before = shared.evaluate(net, val.eval())
+    before = shared.evaluate(shared.MirrorAveraged(net), val.eval())
     shared.report("before", *before, temperature=start["temperature"], classes=classes, out_dir=args.out_dir)
     about = {
         **{key: start[key] for key in ("arch", "classes", "crop_margin")},
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema=args.ema,
         resume=args.resumed,
     )
-    net = shared.load_network(best).to(device, memory_format=torch.channels_last)
+    net = shared.MirrorAveraged(shared.load_network(best)).to(device, memory_format=torch.channels_last)
     after = shared.evaluate(net, val.eval())
     shared.report("val", *after, temperature=best["temperature"], classes=classes, out_dir=args.out_dir)
     print(f"best epoch {best['epoch']}; wrote {args.out_dir / 'best.pt'}")

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         split = "test"
     data = load(split, best["classes"], best["image_size"])
-    net = shared.load_network(best).to(device, memory_format=torch.channels_last)
+    net = shared.MirrorAveraged(shared.load_network(best)).to(device, memory_format=torch.channels_last)
     logits, labels = shared.evaluate(net, data.eval())
     shared.report(
         split, logits, labels, temperature=best["temperature"], classes=best["classes"], out_dir=args.out_dir

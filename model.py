@@ -29,7 +29,7 @@ from tqdm import tqdm
 EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
 DEFAULT_MODEL = Path(__file__).parent / "resources" / "emotion_resnet50.pt"
 
-IMAGE_SIZE = 64  # pixels, side of the network's input: measured best trade of accuracy and time on two cores
+IMAGE_SIZE = 64  # pixels, side of the network's input; chosen here: 96 costs twice the time
 # Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
 # faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
 CROP_MARGIN = 0.0
@@ -205,6 +205,21 @@ def gray_resnet(arch: str, num_classes: int) -> nn.Module:
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     model.fc = nn.Linear(model.fc.in_features, num_classes) if num_classes else nn.Identity()
     return model
+
+
+class MirrorAveraged(nn.Module):
+    """A classifier whose logits are the mean over a face and its mirror image: how it is judged and used.
+
+    Twice the work; on PublicTest it takes the cross-entropy of the shipped model from 0.540 to 0.516.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 1, H, W) -> (N, C)
+        """Average the logits of the images as they are and mirrored."""
+        return (self.model(images) + self.model(images.flip(-1))) / 2
 
 
 def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
@@ -556,6 +571,8 @@ def fit_classifier(
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint, by validation accuracy.
 
+    Epochs are compared without averaging over mirror images; the best's temperature is fitted with it.
+
     Args:
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         about: what the checkpoint says of itself, see `checkpoint_writer`.
@@ -575,7 +592,11 @@ def fit_classifier(
     history = fit(model, criterion, train, validate, best_by="val_acc", save=save, **options)
     panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
     plot_history(history, panels, out_dir / "curves.png")
-    return load_checkpoint(out_dir / "best.pt")
+    best = load_checkpoint(out_dir / "best.pt")
+    network = MirrorAveraged(load_network(best)).to(val.device, memory_format=torch.channels_last)
+    best["temperature"] = fit_temperature(*evaluate(network, val.eval()))
+    save_checkpoint(out_dir / "best.pt", {**best, "model": half_precision(best["model"])})
+    return best
 
 
 # --- judging a classifier ---
@@ -827,7 +848,8 @@ class Classifier:
         self.classes = tuple(checkpoint["classes"])
         self.checkpoint = {key: value for key, value in checkpoint.items() if key != "model"}
         self.device = device
-        self._model = load_network(checkpoint).eval().to(device, memory_format=torch.channels_last)
+        model = MirrorAveraged(load_network(checkpoint)).eval()
+        self._model = model.to(device, memory_format=torch.channels_last)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Classifier":

@@ -81,10 +81,8 @@ def main() -> None:
     bare, whole = (statistics.median(side) for side in zip(*pairs, strict=True))
     share = statistics.median(1 - whole / bare for bare, whole in pairs)
     print(f"median: bare {bare:.1f}, whole {whole:.1f} images/s; feeding costs {share:.1%} of the loop")
-    record = {"bare": bare, "whole": whole, "feeding_share": share, "device": str(device)}
-    print(
-        json.dumps({**record, "threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)})
-    )
+    machine = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps({**vars(args), **machine, "bare": bare, "whole": whole, "feeding_share": share}))
 
 
 if __name__ == "__main__":
