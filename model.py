@@ -691,13 +691,13 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
     """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*matrix.shape):
-        share = shares[row, column].item()
+        share = shares[row, column]
         left.text(
             *(column, row, f"{share:.1%}\n{matrix[row, column]}"),
             **{"ha": "center", "va": "center", "color": "white" if share > 0.5 else "black"},
@@ -711,8 +711,8 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
         xlabel="predicted",
         ylabel="true",
     )
-    bars = right.barh(ticks, shares.diag())
-    right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diag()], padding=3)
+    bars = right.barh(ticks, shares.diagonal())
+    right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diagonal()], padding=3)
     right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
     right.invert_yaxis()
     figure.savefig(path, dpi=150)
