@@ -49,7 +49,7 @@ def cut_fer(source, target):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, real_data):
+def checkout(tmp_path_factory, real_data):
     """Lay out a fresh checkout with what a user brings, and torchvision's weights in its download folder."""
     folder = tmp_path_factory.mktemp("checkout")
     for script in ROOT.glob("*.py"):
@@ -84,12 +84,12 @@ def test_the_readme_shows_every_script():
 
 
 @pytest.mark.parametrize("command", STAGES)
-def test_a_command_of_the_readme_runs(workplace, command):
+def test_a_command_of_the_readme_runs(checkout, command):
     _, script, *options = shlex.split(command)
     run = subprocess.run(
         [sys.executable, script, *options, *SMOKE[script]],
-        cwd=workplace,
-        env={**os.environ, "TORCH_HOME": str(workplace / "torch")},
+        cwd=checkout,
+        env={**os.environ, "TORCH_HOME": str(checkout / "torch")},
         capture_output=True,
         text=True,
         check=False,
