@@ -43,7 +43,7 @@ def cut_faces(
     photos = [path for name in classes for path in shared.list_images(data_dir / name)]
     counts = Counter()
     for photo in tqdm(photos, "finding faces", unit="photo", disable=None):
-        target = faces_dir / photo.parent.name / f"{photo.name}.png"
+        target = (faces_dir / photo.relative_to(data_dir)).with_name(f"{photo.name}.png")
         if target.exists():
             counts["kept from before"] += 1
             continue
@@ -68,22 +68,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--data-dir",
-        type=Path,
-        default=Path("data/google"),
-        help="has a folder of photos for each emotion (default: %(default)s)",
-    )
-    add(
         "--faces-dir",
         type=Path,
         default=Path("data/google_faces"),
         help="where the cut faces are kept (default: %(default)s)",
-    )
-    add(
-        "--out-dir",
-        type=Path,
-        default=Path("runs/emotion"),
-        help="for checkpoints, plots (default: %(default)s)",
     )
     add(
         "--init",
@@ -92,24 +80,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="start from this best.pt of finetune_fer.py (default: %(default)s)",
     )
-    add(
-        "--unfreeze",
-        nargs="+",
-        default=["layer4", "fc"],
-        metavar="PART",
-        help="parts that learn, of conv1 bn1 layer1 layer2 layer3 layer4 fc (default: layer4 fc)",
-    )
-    add(
-        "--val-fraction",
-        type=shared.number(float, 0, 0.9),
-        default=0.2,
-        metavar="X",
-        help="share of faces held out (default: %(default)s)",
-    )
     shared.add_training_options(
-        parser, epochs=5, batch_size=64, lr=1e-4, weight_decay=0.05, image_size=shared.IMAGE_SIZE
+        parser,
+        data_dir="data/google",
+        out_dir="runs/emotion",
+        epochs=5,
+        batch_size=64,
+        lr=1e-4,
+        weight_decay=0.05,
+        image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
+    shared.add_freezing_options(parser, unfreeze=["layer4", "fc"])
     return shared.parse_with_resume(parser, argv, stage="emotion")
 
 
@@ -153,11 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out_dir,
         label_smoothing=args.label_smoothing,
         about=about,
-        epochs=args.epochs,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema=args.ema,
-        resume=args.resumed,
+        **shared.fit_options(args),
     )
     net = shared.MirrorAveraged(shared.load_network(best)).to(device, memory_format=torch.channels_last)
     after = shared.evaluate(net, val.eval())

@@ -50,15 +50,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--data-dir",
-        type=Path,
-        default=Path("data/fer"),
-        help="has train, val and test (default: %(default)s)",
-    )
-    add(
-        "--out-dir", type=Path, default=Path("runs/fer"), help="for checkpoints, plots (default: %(default)s)"
-    )
-    add(
         "--init",
         type=Path,
         default=Path("runs/gray/best.pt"),
@@ -73,7 +64,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="what --evaluate looks at (default: %(default)s)",
     )
     shared.add_training_options(
-        parser, epochs=12, batch_size=64, lr=3e-4, weight_decay=0.05, image_size=shared.IMAGE_SIZE
+        parser,
+        data_dir="data/fer",
+        out_dir="runs/fer",
+        epochs=12,
+        batch_size=64,
+        lr=3e-4,
+        weight_decay=0.05,
+        image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
     return shared.parse_with_resume(parser, argv, stage="fer")
@@ -116,11 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.out_dir,
             label_smoothing=args.label_smoothing,
             about=about,
-            epochs=args.epochs,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            ema=args.ema,
-            resume=args.resumed,
+            **shared.fit_options(args),
         )
         print(
             f"best epoch {best['epoch']}: val accuracy {best['metrics']['val_acc']:.2%}; "

@@ -138,18 +138,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("data/imagenet"),
-        help="folder of colour images (default: %(default)s)",
-    )
-    add(
-        "--out-dir",
-        type=Path,
-        default=Path("runs/gray"),
-        help="where checkpoints and plots go (default: %(default)s)",
-    )
     add("--arch", choices=shared.ARCHS, default="resnet50", help="network (default: %(default)s)")
     add(
         "--teacher-weights",
@@ -163,21 +151,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="folded",
         help="how the gray stem starts (default: %(default)s)",
     )
-    add(
-        "--unfreeze",
-        nargs="+",
-        default=["conv1"],
-        metavar="PART",
-        help="parts that learn, of conv1 bn1 layer1 layer2 layer3 layer4 (default: conv1)",
+    shared.add_training_options(
+        parser,
+        data_dir="data/imagenet",
+        out_dir="runs/gray",
+        epochs=5,
+        batch_size=16,
+        lr=1e-2,
+        weight_decay=0.0,
+        image_size=128,
     )
-    add(
-        "--val-fraction",
-        type=shared.number(float, 0, 0.9),
-        default=0.2,
-        metavar="X",
-        help="share of images held out (default: %(default)s)",
-    )
-    shared.add_training_options(parser, epochs=5, batch_size=16, lr=1e-2, weight_decay=0.0, image_size=128)
+    shared.add_freezing_options(parser, unfreeze=["conv1"])
     return shared.parse_with_resume(parser, argv, stage="gray")
 
 
@@ -215,17 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=shared.plain_config(args),
     )
     history = shared.fit(
-        student,
-        F.mse_loss,
-        train,
-        validate,
-        best_by="cosine",
-        save=save,
-        epochs=args.epochs,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema=args.ema,
-        resume=args.resumed,
+        student, F.mse_loss, train, validate, best_by="cosine", save=save, **shared.fit_options(args)
     )
     best = shared.best_record(history, "cosine")
     print_table({args.stem_init: before, "distilled": best})

@@ -91,9 +91,7 @@ class Faces(NamedTuple):
 
     boxes: np.ndarray  # (N, 4) float32, left, top, right, bottom in pixels
     probs: np.ndarray  # (N,) float32, the detector's confidence, 0-1
-    landmarks: (
-        np.ndarray
-    )  # (N, 5, 2) float32, x and y: left eye, right eye, nose, left and right mouth corner
+    landmarks: np.ndarray  # (N, 5, 2) float32, x and y: left and right eye, nose, left and right mouth corner
 
 
 class FaceFinder:
@@ -226,7 +224,7 @@ def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
     """Let only the named children of `model` learn; `train_mode` keeps the rest's BatchNorm still as well.
 
     Raises:
-        ValueError: the model has no child of that name.
+        ValueError: the model has no child of that name, or none of the named has parameters.
     """
     children = dict(model.named_children())
     for name in trained:
@@ -234,6 +232,10 @@ def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
             raise ValueError(f"the network has no part {name!r}, expected some of: {', '.join(children)}")
     for name, child in children.items():
         child.requires_grad_(name in trained)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"nothing in {' '.join(trained)} can learn; name other parts of {', '.join(children)}"
+        )
 
 
 def train_mode(model: nn.Module) -> None:
@@ -482,7 +484,7 @@ def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimi
 def fit(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    data: "FaceBatches",
+    data: FaceBatches,
     validate: Callable[[nn.Module], dict[str, float]],
     *,
     best_by: str,
@@ -886,9 +888,7 @@ def one_line_errors(main: Callable) -> Callable:
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
-        except (
-            BrokenPipeError
-        ):  # whoever reads stdout has enough; what is still buffered must not raise again
+        except BrokenPipeError:  # whoever reads stdout has enough; the rest must not raise again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except (ValueError, OSError) as error:
@@ -940,6 +940,8 @@ def pick_device(name: str) -> torch.device:
 def add_training_options(
     parser: argparse.ArgumentParser,
     *,
+    data_dir: str,
+    out_dir: str,
     epochs: int,
     batch_size: int,
     lr: float,
@@ -948,6 +950,8 @@ def add_training_options(
 ) -> None:
     """Add what all finetune_*.py scripts understand, with a stage's own defaults."""
     add = parser.add_argument
+    add("--data-dir", type=Path, default=data_dir, help="folder of images (default: %(default)s)")
+    add("--out-dir", type=Path, default=out_dir, help="for checkpoints and plots (default: %(default)s)")
     add(
         "--image-size",
         type=number(int, 32, 512),
@@ -990,7 +994,12 @@ def add_training_options(
         metavar="DECAY",
         help="average the weights over the steps with this decay; 0: do not (default: %(default)s)",
     )
-    add("--limit", type=number(int, 1), metavar="N", help="use only N images of each split, for a smoke run")
+    add(
+        "--limit",
+        type=number(int, 1),
+        metavar="N",
+        help="use only N images, of each split if there are splits",
+    )
     add(
         "--seed",
         type=number(int, 0),
@@ -1005,6 +1014,24 @@ def add_training_options(
         help="go on with an interrupted run from its last.pt, with its options; those given anew win",
     )
     add_device_option(parser)
+
+
+def add_freezing_options(parser: argparse.ArgumentParser, unfreeze: Sequence[str]) -> None:
+    """Add what the stages understand that let only parts of the network learn and split their own data."""
+    parser.add_argument(
+        "--unfreeze",
+        nargs="+",
+        default=unfreeze,
+        metavar="PART",
+        help=f"parts that learn, of conv1 bn1 layer1 layer2 layer3 layer4 fc (default: {' '.join(unfreeze)})",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=number(float, 0, 0.9),
+        default=0.2,
+        metavar="X",
+        help="share of images held out (default: %(default)s)",
+    )
 
 
 def add_classifier_options(parser: argparse.ArgumentParser) -> None:
@@ -1073,6 +1100,12 @@ def start_run(args: argparse.Namespace, model: nn.Module, device: torch.device, 
     print(
         f"if it stops, go on with --resume {args.out_dir / 'last.pt'}, written after every epoch", flush=True
     )
+
+
+def fit_options(args: argparse.Namespace) -> dict:
+    """Return those of the options that `fit` takes."""
+    names = ("epochs", "lr", "weight_decay", "ema")
+    return {**{name: getattr(args, name) for name in names}, "resume": args.resumed}
 
 
 def plain_config(args: argparse.Namespace) -> dict:

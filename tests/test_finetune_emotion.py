@@ -19,6 +19,8 @@ def photos_dir(tmp_path, sample_photo):
         (folder / name).mkdir(parents=True)
         for i, face in enumerate(faces):
             face.save(folder / name / f"{i}.jpg")
+    (folder / "angry" / "more").mkdir()
+    (folder / "angry" / "1.jpg").rename(folder / "angry" / "more" / "1.jpg")
     shutil.copy(sample_photo, folder / "angry" / "four_faces.jpg")
     Image.new("RGB", (200, 200), "gray").save(folder / "happy" / "empty.png")
     (folder / "happy" / "page.jpg").write_text("<html>")
@@ -54,7 +56,7 @@ def test_single_faces_are_cut_and_the_last_stage_learns(tmp_path, photos_dir, fe
     assert "7 photos: 4 cut, 1 several faces, 1 no face, 1 not readable" in capsys.readouterr().out
     faces = sorted((tmp_path / "faces").rglob("*.png"))
     assert [str(path.relative_to(tmp_path / "faces")) for path in faces] == [
-        *("angry/0.jpg.png", "angry/1.jpg.png", "happy/0.jpg.png", "happy/1.jpg.png")
+        *("angry/0.jpg.png", "angry/more/1.jpg.png", "happy/0.jpg.png", "happy/1.jpg.png")
     ]
     with Image.open(faces[0]) as face:
         assert (face.mode, face.size) == ("L", (96, 96))

@@ -134,6 +134,7 @@ def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, mo
         (["--device", "mps"], "no mps device"),
         (["--resume", "none.pt"], "no checkpoint none.pt"),
         (["--unfreeze", "layer7"], "no part 'layer7'"),
+        (["--unfreeze", "fc"], "nothing in fc can learn"),
         (["--data-dir", "nowhere"], "no images in nowhere"),
     ],
 )
