@@ -10,13 +10,17 @@ and labels of all rows read, before classes are chosen, and drops a train row fo
 its image stands in val or test; its image has several labels (all its rows go); its image stood in train
 before. Rows are written as they come and dropped at the end: one pass, and memory for a digest a row.
 
+FER+ (Barsoum et al. 2016, arXiv:1608.01041; fer2013new.csv of github.com/microsoft/FERPlus) tells, row for
+row, what ten people saw in each face. --ferplus writes their votes to `<out-dir>/votes.csv`.
+
 Usage:
     python unpack_fer_data.py fer2013.csv
-    python unpack_fer_data.py fer2013.csv.xz --drop-duplicates --out-dir data/fer
+    python unpack_fer_data.py fer2013.csv.xz --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer
 """
 
 import argparse
 import contextlib
+import csv
 import gzip
 import hashlib
 import io
@@ -38,6 +42,10 @@ LABELS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral
 # The same as model.EMOTIONS; importing model brings torch, 670 MB and 4 s, several times this whole job.
 EMOTIONS = tuple(label for label in LABELS if label not in {"fearful", "neutral"})
 SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
+# FER+'s column for each of them; its contempt, unknown and "no face" are left out.
+VOTES = dict(
+    zip(LABELS, ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"), strict=True)
+)
 NATIVE_SIZE = 48  # pixels a side
 DROP_REASONS = ("in val or test", "with several labels", "repeated in train")  # in order of precedence
 MAX_HEADER_BYTES = 1000  # chosen here: FER's headers are shorter, and a binary file may have no line ends
@@ -195,6 +203,28 @@ def write_png(path: Path, image: np.ndarray, size: int) -> None:
         path.write_bytes(png.getvalue())
 
 
+def write_votes(ferplus: Path, path: Path, rows: list[Row]) -> None:
+    """Write FER+'s votes for the rows as a CSV: `row`, and a column of counts for each of LABELS.
+
+    Raises:
+        ValueError: FER+'s table lacks a column, or its rows are not those of FER.
+    """
+    with ferplus.open(newline="", encoding="utf-8", errors="replace") as file:
+        table = csv.DictReader(file)
+        missing = {"Usage", *VOTES.values()} - set(table.fieldnames or ())
+        if missing:
+            raise ValueError(f"{ferplus} lacks {', '.join(sorted(missing))}, expected FER+'s fer2013new.csv")
+        votes = list(table)
+    if any(row.index >= len(votes) or SPLITS.get(votes[row.index]["Usage"]) != row.split for row in rows):
+        raise ValueError(f"{ferplus} is not row for row with the faces; get both files anew")
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", *VOTES])
+        writer.writerows([row.index, *(votes[row.index][name] for name in VOTES.values())] for row in rows)
+    partial.replace(path)
+
+
 def find_images(out_dir: Path) -> list[Path]:
     """List the images that are named as this script names them."""
     folders = [out_dir / split / label for split in SPLITS.values() for label in LABELS]
@@ -245,7 +275,7 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
             f"{out_dir} holds images made otherwise ({changed}); choose another --out-dir or add --overwrite"
         )
     if overwrite:
-        for path in images:
+        for path in [*images, *out_dir.glob("votes.csv")]:
             path.unlink()
         for folder in {path.parent for path in images}:
             with contextlib.suppress(OSError):  # it holds other files too
@@ -256,7 +286,7 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
     write_manifest(out_dir, {"complete": False, "source": source})
 
 
-def unpack(path: Path, out_dir: Path, source: dict, overwrite: bool) -> dict:
+def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwrite: bool) -> dict:
     """Write the images that `source` asks for; return the numbers of `rows`, `bad_rows` and `dropped`.
 
     Raises:
@@ -278,6 +308,8 @@ def unpack(path: Path, out_dir: Path, source: dict, overwrite: bool) -> dict:
                 if row.emotion in source["emotions"]:
                     write_png(out_dir / row.path, row.image, source["size"])
                     written += 1
+    if ferplus:
+        write_votes(ferplus, out_dir / "votes.csv", rows)
     reasons = find_duplicates(rows) if source["drop_duplicates"] else {}
     for row in rows:
         if row.index in reasons and row.emotion in source["emotions"]:
@@ -302,6 +334,12 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def positive_int(text: str) -> int:
@@ -329,6 +367,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--emotions", nargs="+", choices=LABELS, default=EMOTIONS, help="classes (default: %(default)s)")
     add("--size", type=positive_int, default=NATIVE_SIZE, help="pixels a side (default: %(default)s)")
     add("--drop-duplicates", action="store_true", help="drop images from train, as described above")
+    add("--ferplus", type=Path, metavar="FILE", help="FER+'s fer2013new.csv: write its votes to votes.csv")
     add("--max-bad", type=share, default=0.01, help="share of rows allowed to be bad (default: %(default)s)")
     add("--limit", type=positive_int, help="read only the first N rows (default: all)")
     add("--overwrite", action="store_true", help="replace the images of an earlier run, keep other files")
@@ -350,10 +389,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.csv.is_file() or args.csv.stat().st_size == 0:
         raise ValueError(f"{args.csv} is missing or empty, expected FER2013's CSV; get it from Kaggle")
-    with args.csv.open("rb") as file:
-        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    if args.ferplus and not args.ferplus.is_file():
+        raise ValueError(f"{args.ferplus} is missing, expected FER+'s fer2013new.csv; get it from GitHub")
     source = {
-        "csv": digest,
+        "csv": digest_of(args.csv),
+        "ferplus": digest_of(args.ferplus) if args.ferplus else None,
         "emotions": sorted(set(args.emotions)),
         "size": args.size,
         "drop_duplicates": args.drop_duplicates,
@@ -363,10 +403,11 @@ def main(argv: list[str] | None = None) -> None:
     manifest = read_manifest(args.out_dir)
     finished = {"complete": True, "source": source}
     is_done = not args.overwrite and manifest == manifest | finished | survey(args.out_dir)
+    is_done &= not args.ferplus or (args.out_dir / "votes.csv").exists()
     if is_done:
         print(f"{args.out_dir} is complete already", file=sys.stderr)
     else:
-        numbers = unpack(args.csv, args.out_dir, source, args.overwrite)
+        numbers = unpack(args.csv, args.out_dir, source, args.ferplus, args.overwrite)
         manifest = finished | numbers | survey(args.out_dir)
     rows, bad = manifest["rows"], manifest["bad_rows"]
     print(f"{rows} rows read, {bad} of them bad and skipped", file=sys.stderr)

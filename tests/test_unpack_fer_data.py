@@ -615,6 +615,59 @@ def test_without_drop_duplicates_all_rows_stay(run, tmp_path, out):
 # --- the real file ---
 
 
+FERPLUS = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF\n"
+
+
+@pytest.fixture
+def ferplus(tmp_path):
+    """Write votes for MIXED as FER+ does; row i has i votes for happiness and the rest for neutral."""
+    path = tmp_path / "fer2013new.csv"
+    lines = [f"{usage},fer{i:07}.png,{10 - i},{i},0,0,0,0,0,0,0,0\n" for i, (_, usage) in enumerate(MIXED)]
+    path.write_text(FERPLUS + "".join(lines))
+    return path
+
+
+def test_ferplus_writes_the_votes_by_row_under_the_names_of_this_toolkit(run, tmp_path, out, ferplus):
+    run(write_csv(tmp_path / "fer2013.csv", MIXED), "--ferplus", ferplus)
+    with (out / "votes.csv").open(newline="") as file:
+        votes = list(csv.DictReader(file))
+    assert [line["row"] for line in votes] == [str(i) for i in range(len(MIXED))]
+    assert set(votes[0]) == {"row", *LABELS}
+    assert [(line["happy"], line["neutral"], line["sad"]) for line in votes] == [
+        (str(i), str(10 - i), "0") for i in range(len(MIXED))
+    ]
+
+
+def test_a_second_run_restores_lost_votes_and_overwrite_without_ferplus_removes_them(
+    run, tmp_path, out, ferplus
+):
+    table = write_csv(tmp_path / "fer2013.csv", MIXED)
+    run(table, "--ferplus", ferplus)
+    before = (out / "votes.csv").read_bytes()
+    (out / "votes.csv").unlink()
+    run(table, "--ferplus", ferplus)
+    assert (out / "votes.csv").read_bytes() == before
+    run(table, "--overwrite")
+    assert not (out / "votes.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is missing"),
+        ("emotion,pixels,Usage\n", "lacks"),
+        (FERPLUS + f"{TRAIN},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n", "not row for row"),
+        (FERPLUS + f"{TEST},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n" * len(MIXED), "not row for row"),
+    ],
+)
+def test_votes_that_do_not_fit_are_refused_in_one_line(run, tmp_path, out, content, words):
+    path = tmp_path / "fer2013new.csv"
+    if content is not None:
+        path.write_text(content)
+    check_one_line_error(run(write_csv(tmp_path / "fer2013.csv", MIXED), "--ferplus", path), words)
+    assert not (out / "votes.csv").exists()
+
+
 def test_main_unpacks_real_rows_pixel_for_pixel(run, out, real_data):
     code, _, _ = run(real_data / "fer2013.csv.xz", "--limit", "200", "--emotions", *LABELS)
     images = read_pngs(out)
