@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train,
         val,
         args.out_dir,
+        classes=classes,
         label_smoothing=args.label_smoothing,
         about=about,
         **shared.fit_options(args),

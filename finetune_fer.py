@@ -1,8 +1,13 @@
 """Fine-tune the gray network on the faces of FER2013.
 
 All layers learn, from the weights that finetune_gray_imagenet.py distilled. The faces stay in memory as uint8
-and are augmented in batches. Validation (PublicTest) picks the best epoch and the temperature of the softmax;
-the test faces (PrivateTest) are looked at once, at the end.
+and are augmented in batches. The network learns every emotion that was unpacked for train, and in the end
+keeps those of --emotions: telling more apart teaches it more about faces. If FER+'s votes were unpacked
+(Barsoum et al. 2016, arXiv:1608.01041), a target is partly what ten people saw, partly FER's own label.
+
+Validation (PublicTest) picks the best epoch and the temperature of the softmax; the test faces (PrivateTest)
+are looked at once, at the end: all of them, and apart from that those that also stand in no other split, and
+those of whose label six of FER+'s ten voters are sure.
 
 Usage:
     python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
@@ -10,13 +15,27 @@ Usage:
 """
 
 import argparse
+import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import model as shared
+
+SPLITS = ("train", "val", "test")
+SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
+
+
+class Faces(NamedTuple):
+    """N labelled faces of C classes."""
+
+    images: Tensor  # (N, 1, S, S) uint8
+    labels: Tensor  # (N,) int64
+    votes: Tensor  # (N, C) float32, how many of FER+'s ten voters saw which class; all 0 if not known
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
@@ -31,6 +50,67 @@ def find_classes(folder: Path) -> tuple[str, ...]:
             f"{folder} has {len(classes)} emotion folders, expected 2 or more; run unpack_fer_data.py"
         )
     return tuple(classes)
+
+
+def pick_classes(learned: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Name the learned emotions that are wanted, sorted.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    kept = tuple(sorted(set(learned) & set(wanted)))
+    if len(kept) < 2:
+        raise ValueError(
+            f"train has {' '.join(learned)}, expected two or more of {' '.join(wanted)}; see --emotions"
+        )
+    return kept
+
+
+def load_votes(path: Path, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+    """Read FER+'s votes from unpack_fer_data.py's votes.csv, (N, C) float32; without a file they are 0.
+
+    Args:
+        rows: of FER's table, N; the images are named after them.
+
+    Raises:
+        ValueError: a row or a class is not in the file.
+    """
+    if not path.exists():
+        return torch.zeros(len(rows), len(classes))
+    with path.open(newline="", encoding="utf-8") as file:
+        votes = {int(line["row"]): line for line in csv.DictReader(file)}
+    try:
+        return torch.tensor([[float(votes[row][name]) for name in classes] for row in rows])
+    except KeyError as error:
+        raise ValueError(f"{path} has no votes for {error}; unpack anew, or remove the file") from None
+
+
+def load_split(folder: Path, classes: Sequence[str], limit: int | None) -> Faces:
+    """Read a split of FER, and its votes from beside it.
+
+    Raises:
+        ValueError: a class has no images, or votes.csv does not fit.
+    """
+    images, labels = shared.load_faces(folder, classes, limit)
+    votes_path = folder.parent / "votes.csv"
+    names = [path.stem for path in shared.list_faces(folder, classes, limit)]
+    rows = [int(name) for name in names] if votes_path.exists() else names
+    return Faces(images, labels, load_votes(votes_path, rows, classes))
+
+
+def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
+    """Mix labels (N,) with votes (N, C) into shares of the classes (N, C), `weight` of them from the votes.
+
+    A face without votes for these classes has its label alone.
+    """
+    own, totals = F.one_hot(labels, votes.shape[1]).float(), votes.sum(1, keepdim=True)
+    return torch.where(totals > 0, (1 - weight) * own + weight * votes / totals.clamp(min=1), own)
+
+
+def find_copies(images: Tensor, others: Tensor) -> Tensor:
+    """Tell which of the images (N, 1, S, S) stand among the others, pixel for pixel: (N,) bool."""
+    seen = {image.numpy().tobytes() for image in others}
+    return torch.tensor([image.numpy().tobytes() in seen for image in images])
 
 
 def build_model(checkpoint: dict, classes: Sequence[str]) -> nn.Module:
@@ -63,6 +143,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="test",
         help="what --evaluate looks at (default: %(default)s)",
     )
+    add(
+        "--emotions",
+        nargs="+",
+        default=list(shared.EMOTIONS),
+        metavar="NAME",
+        help=f"what the model keeps of all that it learns (default: {' '.join(shared.EMOTIONS)})",
+    )
+    add(
+        "--vote-weight",
+        type=shared.number(float, 0, 1),
+        default=0.25,
+        metavar="X",
+        help="share of a target that comes from FER+'s votes, if they were unpacked (default: %(default)s)",
+    )
     shared.add_training_options(
         parser,
         data_dir="data/fer",
@@ -84,25 +178,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
 
-    def load(split: str, classes: Sequence[str], image_size: int) -> shared.FaceBatches:
-        images, labels = shared.load_faces(args.data_dir / split, classes, args.limit)
+    def feed(faces: Faces, image_size: int) -> shared.FaceBatches:
+        targets = mix_targets(faces.labels, faces.votes, args.vote_weight)
+        options = {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
         return shared.FaceBatches(
-            images, labels, args.batch_size, image_size, device, balance=args.balance, seed=args.seed
+            faces.images, faces.labels, args.batch_size, image_size, device, targets=targets, **options
         )
 
     if args.evaluate:
         split, best = args.split, shared.load_checkpoint(args.evaluate, stages=("fer", "emotion"))
     else:
-        classes = find_classes(args.data_dir / "train")
-        train, val = (load(split, classes, args.image_size) for split in ("train", "val"))
+        learned = find_classes(args.data_dir / "train")
+        classes = pick_classes(learned, args.emotions)
+        train_faces = load_split(args.data_dir / "train", learned, args.limit)
+        train = feed(train_faces, args.image_size)
+        val = feed(load_split(args.data_dir / "val", classes, args.limit), args.image_size)
         print(f"starting from {args.init}")
         start = shared.load_checkpoint(args.init, stages=("gray", "fer"))
-        net = build_model(start, classes).to(device, memory_format=torch.channels_last)
-        shared.start_run(args, net, device, {"train": train.describe(classes), "val": val.describe(classes)})
+        net = build_model(start, learned).to(device, memory_format=torch.channels_last)
+        data = {
+            "train": train.describe(learned),
+            "val": val.describe(classes),
+            "votes": f"known for {int((train_faces.votes.sum(1) > 0).sum())} images of train",
+        }
+        shared.start_run(args, net, device, data)
         about = {
             "stage": "fer",
             "arch": start["arch"],
-            "classes": list(classes),
+            "classes": list(learned),
             "image_size": args.image_size,
             "crop_margin": shared.CROP_MARGIN,
             "config": shared.plain_config(args),
@@ -112,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train,
             val,
             args.out_dir,
+            classes=classes,
             label_smoothing=args.label_smoothing,
             about=about,
             **shared.fit_options(args),
@@ -121,11 +225,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"wrote {args.out_dir / 'best.pt'}"
         )
         split = "test"
-    data = load(split, best["classes"], best["image_size"])
+
+    classes = best["classes"]
+    faces = load_split(args.data_dir / split, classes, args.limit)
+    folders = [args.data_dir / other for other in SPLITS if other != split]
+    others = torch.cat([load_split(folder, find_classes(folder), None).images for folder in folders])
+    sure = faces.votes.gather(1, faces.labels[:, None])[:, 0] >= SURE_VOTES
+    subsets = {
+        "not in another split": ~find_copies(faces.images, others),
+        f"with {SURE_VOTES} of FER+'s 10 votes": sure,
+    }
     net = shared.MirrorAveraged(shared.load_network(best)).to(device, memory_format=torch.channels_last)
-    logits, labels = shared.evaluate(net, data.eval())
+    batches = feed(faces, best["image_size"])
+    plain = shared.judge(*shared.evaluate(net.model, batches.eval()), best["temperature"])
+    print(f"{split}: accuracy {plain['acc']:.2%} without averaging over mirror images")
+    logits, labels = shared.evaluate(net, batches.eval())
     shared.report(
-        split, logits, labels, temperature=best["temperature"], classes=best["classes"], out_dir=args.out_dir
+        split,
+        logits,
+        labels,
+        temperature=best["temperature"],
+        classes=classes,
+        out_dir=args.out_dir,
+        subsets=subsets,
     )
 
 

@@ -303,13 +303,18 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Te
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
+def list_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -> Sequence[Path]:
+    """List `folder`/<class>/* class by class, as `list_images` does."""
+    return spread([path for name in classes for path in list_images(folder / name)], limit)
+
+
 def load_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Read `folder`/<class>/* as uint8 gray images (N, 1, S, S) and int64 labels (N,), indices of `classes`.
 
     Raises:
         ValueError: a class has no images.
     """
-    paths = spread([path for name in classes for path in list_images(folder / name)], limit)
+    paths = list_faces(folder, classes, limit)
     labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
     return load_images(paths, "L"), labels
 
@@ -403,6 +408,9 @@ class FaceBatches:
     """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
+    With `targets`, (N, C) float32 shares of the classes, those are learned in the labels' place. `mixup`, 0 for
+    none, needs them: it blends a batch's images each with another, by shares from Beta(mixup, mixup).
+    Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
 
     def __init__(
@@ -413,11 +421,15 @@ class FaceBatches:
         image_size: int,
         device: torch.device,
         *,
+        targets: Tensor | None = None,
         balance: float = 0.0,
+        mixup: float = 0.0,
         seed: int = 0,
     ):
         self.images, self.labels, self.device = images, labels, device
-        self.batch_size, self.image_size, self.balance, self.seed = batch_size, image_size, balance, seed
+        self.targets = labels if targets is None else targets
+        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
+        self.balance, self.mixup = balance, mixup
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -429,11 +441,16 @@ class FaceBatches:
         return f"{len(self)} images ({each})"
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and labels (n,)."""
+        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, C)."""
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        random = np.random.default_rng((self.seed, epoch))
         for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
-            images = self.images[indices].to(self.device)
-            yield augment_faces(images, self.image_size, generator), self.labels[indices].to(self.device)
+            images = augment_faces(self.images[indices].to(self.device), self.image_size, generator)
+            targets = self.targets[indices].to(self.device)
+            if self.mixup:
+                share = random.beta(self.mixup, self.mixup)
+                images, targets = (share * part + (1 - share) * part.roll(1, 0) for part in (images, targets))
+            yield images, targets
 
     def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all faces once, in order, as they are."""
@@ -567,6 +584,7 @@ def fit_classifier(
     val: FaceBatches,
     out_dir: Path,
     *,
+    classes: Sequence[str],
     label_smoothing: float,
     about: dict,
     **options: object,
@@ -576,16 +594,20 @@ def fit_classifier(
     Epochs are compared without averaging over mirror images; the best's temperature is fitted with it.
 
     Args:
+        val: its labels are indices of `classes`.
+        classes: what the best checkpoint tells apart. The run may learn more, named in about["classes"].
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         about: what the checkpoint says of itself, see `checkpoint_writer`.
         options: epochs, lr, weight_decay, ema and resume of `fit`.
     """
+    kept = [about["classes"].index(name) for name in classes]
 
-    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     def validate(net: nn.Module) -> dict[str, float]:
         logits, labels = evaluate(net, val.eval())
+        logits = logits[:, kept]
         temperature = fit_temperature(logits, labels)
         figures = judge(logits, labels, temperature)
         return {**{f"val_{name}": value for name, value in figures.items()}, "temperature": temperature}
@@ -594,7 +616,7 @@ def fit_classifier(
     history = fit(model, criterion, train, validate, best_by="val_acc", save=save, **options)
     panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
     plot_history(history, panels, out_dir / "curves.png")
-    best = load_checkpoint(out_dir / "best.pt")
+    best = keep_classes(load_checkpoint(out_dir / "best.pt"), classes)
     network = MirrorAveraged(load_network(best)).to(val.device, memory_format=torch.channels_last)
     best["temperature"] = fit_temperature(*evaluate(network, val.eval()))
     save_checkpoint(out_dir / "best.pt", {**best, "model": half_precision(best["model"])})
@@ -625,16 +647,25 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp((log_low + log_high) / 2)
 
 
+def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort probs (N, C) into equally wide bins of confidence: each one's count, mean confidence and accuracy.
+
+    Means over an empty bin are 0.
+    """
+    confidence, predicted = probs.max(1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
+    counts, *sums = torch.zeros(3, bins).index_add(1, which, values)
+    return counts, *(total / counts.clamp(min=1) for total in sums)
+
+
 def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Compute the expected calibration error, 0-1, of probs (N, C), over equally wide bins of confidence.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
-    confidence, predicted = probs.max(1)
-    correct = (predicted == labels).float()
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, which, confidence - correct)
-    return (gaps.abs().sum() / len(labels)).item()
+    counts, confidence, accuracy = reliability(probs, labels, bins)
+    return (counts * (accuracy - confidence).abs()).sum().item() / len(labels)
 
 
 def judge(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
@@ -651,25 +682,45 @@ def judge(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str,
 
 
 def report(
-    split: str, logits: Tensor, labels: Tensor, *, temperature: float, classes: Sequence[str], out_dir: Path
+    split: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    classes: Sequence[str],
+    out_dir: Path,
+    subsets: dict[str, Tensor] | None = None,
 ) -> None:
-    """Print how good logits (N, C) are, also by class; write `split`.json and `split`_confusion.png."""
+    """Print how good logits (N, C) are, also by class; write `split`.json, _confusion.png, _reliability.png.
+
+    Args:
+        subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
+    """
     figures = judge(logits, labels, temperature)
     matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
     recalls = dict(zip(classes, (matrix.diag() / matrix.sum(1).clamp(min=1)).tolist(), strict=True))
+    record = {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist(), "subsets": {}}
     majority = matrix.sum(1).max().item() / len(labels)
-    print(
-        f"{split}: accuracy {figures['acc']:.2%} of {len(labels)}, mean recall {figures['mean_recall']:.2%}, "
-        f"calibration error {figures['ece']:.3f} (always the commonest class: accuracy {majority:.2%})"
-    )
+
+    def line(figures: dict[str, float], n: int) -> str:
+        return (
+            f"accuracy {figures['acc']:.2%} of {n}, mean recall {figures['mean_recall']:.2%}, "
+            f"calibration error {figures['ece']:.3f}"
+        )
+
+    print(f"{split}: {line(figures, len(labels))} (always the commonest class: accuracy {majority:.2%})")
     for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
         print(f"{split}: recall {recalls[name]:7.2%} of {count:5} {name}")
+    for name, mask in (subsets or {}).items():
+        if mask.any():
+            record["subsets"][name] = judge(logits[mask], labels[mask], temperature) | {"n": int(mask.sum())}
+            print(f"{split}, {name}: {line(record['subsets'][name], int(mask.sum()))}")
     out_dir.mkdir(parents=True, exist_ok=True)
     title = f"{split}: accuracy {figures['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    record = {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist()}
+    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
     (out_dir / f"{split}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {out_dir / f'{split}.json'} and {out_dir / f'{split}_confusion.png'}")
+    print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
 
 
 def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
@@ -717,6 +768,25 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
     right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diagonal()], padding=3)
     right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
     right.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
+    """Draw how often probs (N, C) are right when they say how sure they are, over 15 bins, into a PNG."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    counts, confidence, accuracy = (part.numpy() for part in reliability(probs, labels))
+    filled = counts > 0
+    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    figure.suptitle(f"{title}: calibration error {calibration_error(probs, labels):.3f}, n = {len(labels)}")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="gray", linestyle="dashed", label="perfectly calibrated")
+    upper.plot(confidence[filled], accuracy[filled], marker="o", label="this model")
+    upper.set(ylabel="share that is right", ylim=(0, 1), xlim=(0, 1))
+    upper.legend()
+    edges = np.linspace(0, 1, len(counts) + 1)
+    lower.bar(edges[:-1], counts, width=1 / len(counts), align="edge", edgecolor="white")
+    lower.set(xlabel="probability of the predicted class", ylabel="faces")
     figure.savefig(path, dpi=150)
 
 
@@ -826,6 +896,13 @@ def init_from(model: nn.Module, weights: dict[str, Tensor], new_head: bool) -> N
         raise ValueError(
             f"the initial weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
+
+
+def keep_classes(checkpoint: dict, classes: Sequence[str]) -> dict:
+    """Return a checkpoint whose head tells only `classes`, some of its own, apart."""
+    rows = [checkpoint["classes"].index(name) for name in classes]
+    head = {name: checkpoint["model"][name][rows] for name in ("fc.weight", "fc.bias")}
+    return {**checkpoint, "classes": list(classes), "model": {**checkpoint["model"], **head}}
 
 
 def load_network(checkpoint: dict) -> nn.Module:
@@ -1042,6 +1119,13 @@ def add_classifier_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="X",
         help="0: each image once an epoch, 1: each class equally often (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mixup",
+        type=number(float, 0, 10),
+        default=0.0,
+        metavar="ALPHA",
+        help="blend pairs of faces by shares from Beta(ALPHA, ALPHA); 0: do not (default: %(default)s)",
     )
     parser.add_argument(
         "--label-smoothing",

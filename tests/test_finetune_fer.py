@@ -1,5 +1,6 @@
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_faces
 from PIL import Image
 
 import finetune_fer
@@ -49,7 +50,7 @@ def test_training_learns_and_writes_what_it_says(tmp_path, options, capsys):
     assert best["classes"] == list(shared.EMOTIONS)
     assert best["config"]["lr"] == 0.001
     assert f"wrote {out_dir / 'best.pt'}" in out
-    for name in ("curves", "test_confusion"):
+    for name in ("curves", "test_confusion", "test_reliability"):
         with Image.open(out_dir / f"{name}.png") as picture:
             assert min(picture.size) > 400
     test = json.loads((out_dir / "test.json").read_text())
@@ -61,7 +62,7 @@ def test_evaluate_repeats_the_report_of_the_training_run(tmp_path, options, caps
     out_dir = tmp_path / "run"
     finetune_fer.main([*options, "--out-dir", str(out_dir)])
     trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test: ")]
-    assert len(trained) == 6
+    assert len(trained) == 7
     finetune_fer.main(
         [*options, "--evaluate", str(out_dir / "best.pt"), "--out-dir", str(tmp_path / "again")]
     )
@@ -69,7 +70,7 @@ def test_evaluate_repeats_the_report_of_the_training_run(tmp_path, options, caps
 
 
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, options):
-    options += ["--ema", "0.9", "--balance", "0.5"]
+    options += ["--ema", "0.9", "--balance", "0.5", "--mixup", "0.2"]
     process = start(options, tmp_path / "killed")
     wait_for_epoch(process, tmp_path / "killed", 2)
     process.kill()
@@ -144,6 +145,72 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, options, gray_checkpoin
         finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), *changed])
     assert message in stop.value.code
     assert "\n" not in stop.value.code
+
+
+def test_more_emotions_are_learned_than_are_kept(tmp_path, fer_dir, options, capsys):
+    make_faces(fer_dir / "train", 16, ("fearful", "neutral"))
+    out_dir = tmp_path / "run"
+    finetune_fer.main([*options, "--out-dir", str(out_dir), "--emotions", "happy", "sad", "angry"])
+    out = capsys.readouterr().out
+    assert "train: 112 images" in out
+    assert "fearful 16" in out
+    best = shared.load_checkpoint(out_dir / "best.pt")
+    assert best["classes"] == ["angry", "happy", "sad"]
+    assert best["model"]["fc.weight"].shape == (3, 512)
+    assert shared.load_checkpoint(out_dir / "last.pt")["model"]["fc.weight"].shape == (7, 512)
+    assert json.loads((out_dir / "test.json").read_text())["n"] == 18
+
+
+def test_emotions_that_train_does_not_have_are_a_mistake(options, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--emotions", "happy", "bored"])
+    assert "expected two or more of happy bored" in stop.value.code
+
+
+def write_votes(fer_dir, splits, votes):
+    """Write votes.csv for the faces of some splits; `votes` maps a class to its counts."""
+    rows = sorted({int(path.stem) for split in splits for path in (fer_dir / split).rglob("*.png")})
+    header = ["row", *shared.EMOTIONS]
+    lines = [[row, *(votes.get(name, 0) for name in shared.EMOTIONS)] for row in rows]
+    text = "".join(",".join(map(str, line)) + "\n" for line in [header, *lines])
+    (fer_dir / "votes.csv").write_text(text)
+
+
+def test_votes_are_learned_beside_the_labels(tmp_path, fer_dir, options, capsys):
+    """All ten voters saw happy faces; learned from the votes alone, every face is a happy one."""
+    write_votes(fer_dir, ("train", "test"), {"happy": 10})
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--vote-weight", "1"])
+    out = capsys.readouterr().out
+    assert "votes: known for 80 images of train" in out
+    test = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert test["recall"] == {name: float(name == "happy") for name in shared.EMOTIONS}
+    assert (
+        test["subsets"]["with 6 of FER+'s 10 votes"]["n"] == test["subsets"]["not in another split"]["n"] / 5
+    )
+
+
+def test_votes_that_lack_a_face_are_a_mistake(tmp_path, fer_dir, options):
+    write_votes(fer_dir, ("val",), {"happy": 10})
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert "has no votes for" in stop.value.code
+    assert "\n" not in stop.value.code
+
+
+def test_mix_targets_weighs_votes_and_falls_back_on_the_label():
+    votes = torch.tensor([[0.0, 6.0, 2.0], [0.0, 0.0, 0.0]])
+    targets = finetune_fer.mix_targets(torch.tensor([0, 2]), votes, 0.4)
+    torch.testing.assert_close(targets, torch.tensor([[0.6, 0.3, 0.1], [0.0, 0.0, 1.0]]))
+
+
+def test_copies_in_other_splits_are_judged_apart(tmp_path, fer_dir, options, capsys):
+    copied = sorted((fer_dir / "test").rglob("*.png"))[:4]
+    for path in copied:
+        shutil.copy(path, fer_dir / "train" / path.parent.name / f"9{path.stem}.png")
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    test = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert test["n"] == 30
+    assert test["subsets"]["not in another split"]["n"] == 26
 
 
 def test_the_head_is_new_for_other_classes_and_kept_for_the_same():

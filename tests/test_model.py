@@ -193,6 +193,41 @@ def test_epoch_order_balances_and_treats_a_class_evenly():
 # --- judging ---
 
 
+def test_mixup_blends_images_and_targets_by_the_same_share():
+    """A black and a white face: how gray a blend is tells its share, and so must its target."""
+    images = torch.stack([torch.zeros(1, 48, 48), torch.full((1, 48, 48), 255.0)]).byte()
+    labels = torch.tensor([0, 1])
+    batches = shared.FaceBatches(images, labels, 2, 64, torch.device("cpu"), targets=torch.eye(2), mixup=1.0)
+    blended = [target for epoch in range(1, 9) for _, targets in batches.train(epoch) for target in targets]
+    assert all(target.sum().item() == pytest.approx(1) for target in blended)
+    assert any(0.1 < target[0] < 0.9 for target in blended)
+    for epoch in range(1, 9):
+        [(inputs, targets)] = batches.train(epoch)
+        brighter = inputs.mean((1, 2, 3)).argmax()
+        assert targets[:, 1].argmax() == brighter
+    assert [target for _, target in batches.eval()][0].equal(labels)
+
+
+def test_reliability_counts_by_confidence():
+    probs = torch.tensor([[0.9, 0.1], [0.95, 0.05], [0.4, 0.6]])
+    counts, confidence, accuracy = shared.reliability(probs, torch.tensor([0, 1, 1]), bins=5)
+    assert counts.tolist() == [0, 0, 0, 1, 2]
+    torch.testing.assert_close(confidence, torch.tensor([0, 0, 0, 0.6, 0.925]))
+    assert accuracy.tolist() == [0, 0, 0, 1, 0.5]
+    expected = (1 * 0.4 + 2 * 0.425) / 3
+    assert shared.calibration_error(probs, torch.tensor([0, 1, 1]), bins=5) == pytest.approx(expected)
+
+
+def test_keep_classes_cuts_the_head_to_their_rows():
+    head = {"fc.weight": torch.arange(6.0).reshape(3, 2), "fc.bias": torch.arange(3.0)}
+    whole = {"classes": ["angry", "happy", "sad"], "model": {**head, "bn1.bias": torch.ones(1)}}
+    kept = shared.keep_classes(whole, ["angry", "sad"])
+    assert kept["classes"] == ["angry", "sad"]
+    assert kept["model"]["fc.weight"].tolist() == [[0, 1], [4, 5]]
+    assert kept["model"]["fc.bias"].tolist() == [0, 2]
+    assert kept["model"]["bn1.bias"].equal(torch.ones(1))
+
+
 def test_judge_agrees_with_hand_counts():
     labels = torch.tensor([0, 0, 0, 1])
     logits = torch.tensor([[2.0, 0], [2, 0], [0, 2], [0, 2]])
