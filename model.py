@@ -408,8 +408,8 @@ class FaceBatches:
     """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
-    With `targets`, (N, C) float32 shares of the classes, those are learned in the labels' place. `mixup`, 0 for
-    none, needs them: it blends a batch's images each with another, by shares from Beta(mixup, mixup).
+    `targets`, (N, C) float32 shares of the classes, are learned in the labels' place. `mixup`, 0 for none,
+    needs them: it blends a batch's images each with another, by shares from Beta(mixup, mixup).
     Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
 

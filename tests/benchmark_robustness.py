@@ -25,8 +25,10 @@ sys.path.insert(0, str(ROOT))
 import model as shared  # noqa: E402
 
 
-def place(image: np.ndarray, zoom: float = 1, shift: tuple[float, float] = (0, 0), degrees: float = 0):
-    """Scale, move (shares of the side) and turn a face about its centre; the border's pixels fill what lacks."""
+def place(
+    image: np.ndarray, zoom: float = 1, shift: tuple[float, float] = (0, 0), degrees: float = 0
+) -> np.ndarray:
+    """Scale, move (shares of the side) and turn a face; the border's pixels fill what lacks."""
     side = len(image)
     matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), degrees, zoom)
     matrix[:, 2] += np.multiply(shift, side)

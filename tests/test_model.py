@@ -205,7 +205,7 @@ def test_mixup_blends_images_and_targets_by_the_same_share():
         [(inputs, targets)] = batches.train(epoch)
         brighter = inputs.mean((1, 2, 3)).argmax()
         assert targets[:, 1].argmax() == brighter
-    assert [target for _, target in batches.eval()][0].equal(labels)
+    assert next(target for _, target in batches.eval()).equal(labels)
 
 
 def test_reliability_counts_by_confidence():
