@@ -1,22 +1,810 @@
+"""download_data.py against web servers on this machine: a real Chromium, real sockets, real faces."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
 import pytest
+from conftest import ROOT
+from image_server import (
+    CERTIFICATE,
+    HOSTILE,
+    FakeGoogle,
+    chromium_script,
+    picture,
+    serve,
+    serve_commons,
+    serve_hostile,
+    serve_openverse,
+    serve_pictures,
+)
 from PIL import Image
 
 import download_data
 
-
-def test_remove_unreadable_throws_out_only_what_is_no_picture(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "good.png")
-    (tmp_path / "page.jpg").write_text("<html>")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
-    assert download_data.remove_unreadable(sorted(tmp_path.iterdir())) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["good.png"]
+QUICK = ["--allow-private", "--delay", "0", "--timeout", "2", "--retries", "0"]
 
 
-def test_without_a_browser_or_the_internet_it_says_what_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))  # neither Chrome nor chromedriver
-    monkeypatch.setenv("SE_OFFLINE", "true")  # Selenium's switch against fetching one
+@pytest.fixture
+def out_dir(tmp_path):
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def pictures():
+    with serve(serve_pictures) as server:
+        yield server
+
+
+@pytest.fixture
+def google(tmp_path, pictures, monkeypatch):
+    """Start the imitation of Google, and lead the Chromium that the script finds to it."""
+    chromium = shutil.which("chromium")
+    if not chromium or not shutil.which("chromedriver"):
+        pytest.skip("no Chromium with chromedriver")
+    fake = FakeGoogle(pictures.url("/photo"))
+    with serve(fake, tls=True) as server:
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        chromium_script(programs / "chromium", chromium, server)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        yield fake
+
+
+def imagenet(out_dir, *options):
+    """Download with the quick options; ImageNet's labels want no faces."""
+    download_data.main(["imagenet", "--out-dir", str(out_dir), *QUICK, *options])
+
+
+def emotions(out_dir, *options):
+    download_data.main(["emotions", "--out-dir", str(out_dir), "--device", "cpu", *QUICK, *options])
+
+
+def write_list(path, *lines):
+    """Write a list for --engine urls; return the options that read it."""
+    path.write_text("".join(f"{label} {url}\n" for label, url in lines))
+    return ["--engine", "urls", "--list", str(path)]
+
+
+def records(out_dir, *statuses):
+    """Read the manifest's records that have one of the statuses."""
+    lines = (out_dir / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["status"] in statuses]
+
+
+def reasons(out_dir):
+    """Count why the manifest rejects what it does."""
+    return Counter(record["reason"] for record in records(out_dir, "rejected", "failed"))
+
+
+def files(out_dir):
+    """List the pictures of a data set, by label."""
+    return sorted(str(path.relative_to(out_dir)) for path in out_dir.glob("[!.]*/*"))
+
+
+def running(pattern):
+    """List the command lines of processes that contain a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+        if pattern in line:
+            found.append(line)
+    return found
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to this"
+        time.sleep(0.02)
+
+
+# --- Google ---
+
+
+def test_google_gives_all_60_originals_after_consent_and_scrolling(google, pictures, out_dir, capsys):
+    google.consent = True
+    imagenet(out_dir, "--labels", "tench", "--limit", "60")
+    wanted = {google.original("tench", n) for n in range(60)}
+    kept = records(out_dir, "kept")
+    assert {record["url"] for record in kept} == wanted
+    assert {google.layer(n) for n in range(60)} == {"json", "fetched", "link", "click"}
+    assert all(record["page"].startswith("https://pages.example/") for record in kept)
+    assert all(record["title"].startswith("Title ") and not record["is_thumbnail"] for record in kept)
+    assert len(files(out_dir)) == 60
+    assert set(pictures.hits.values()) == {1}
+    assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "60", "60", "60"]
+    [listed] = download_data.read_list(out_dir / "manifest.jsonl").values()
+    assert {result.url for result in listed} == wanted
+
+
+def test_the_browser_says_what_it_is(google):
+    with download_data.open_browser(None, headful=False) as driver:
+        driver.get(download_data.google_url("tench", {}))
+        agent, is_driven = driver.execute_script("return [navigator.userAgent, navigator.webdriver]")
+    assert "HeadlessChrome" in agent
+    assert is_driven
+
+
+def test_a_captcha_stops_the_run_and_the_next_one_goes_on(google, pictures, out_dir, capsys):
+    google.captcha_after = 1
+    options = ["--labels", "tench", "goldfish", "--limit", "5"]
     with pytest.raises(SystemExit) as stop:
-        download_data.main(["--emotions", "happy", "--limit", "1", "--out-dir", str(tmp_path / "google")])
-    assert "the search for 'happy face' failed" in stop.value.code
-    assert "it needs Chrome or Chromium and the internet" in stop.value.code
+        imagenet(out_dir, *options)
+    assert "wants to see a person (captcha)" in stop.value.code
+    assert "--headful --profile DIR" in stop.value.code
     assert "\n" not in stop.value.code
+    assert len(records(out_dir, "kept")) == 5
+    assert "tench         5      5      5" in capsys.readouterr().out  # the table comes all the same
+    google.captcha_after = None
+    imagenet(out_dir, *options)
+    assert google.queries == ["tench", "goldfish"]
+    assert len(records(out_dir, "kept")) == 10
+    assert set(pictures.hits.values()) == {1}
+
+
+def test_somebody_who_watches_can_solve_the_captcha(google):
+    google.captcha_after, google.solved_after_s = 0, 0.5
+    with download_data.open_browser(None, headful=False) as driver:
+        watched = download_data.Google(driver, {}, is_watched=True)
+        results = watched.search(download_data.Query("tench", "tench", 10))
+    assert [result.url for result in results] == [google.original("tench", n) for n in range(10)]
+
+
+def test_a_wall_stops_the_run(google, out_dir):
+    google.blocked_by = "wall"
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench")
+    assert "Google does not believe" in stop.value.code
+
+
+def test_no_results_are_a_result(google, out_dir, capsys, monkeypatch):
+    monkeypatch.setattr(download_data, "GROW_WAIT_S", 0.3)
+    google.blocked_by = "empty"
+    imagenet(out_dir, "--labels", "tench")
+    assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "5", "0", "0"]
+
+
+def test_a_thumbnail_is_the_marked_last_resort(google, out_dir):
+    google.num_results, google.is_plain, google.lost = 8, True, {2}
+    imagenet(out_dir, "--labels", "tench", "--limit", "8")
+    kept = records(out_dir, "kept")
+    assert len(kept) == 8
+    assert [record["url"] for record in kept if record["is_thumbnail"]] == [f"{google.originals}?n=2"]
+
+
+def test_one_browser_serves_all_queries_and_is_closed(google, out_dir, tmp_path):
+    google.is_plain = True
+    imagenet(out_dir, "--labels", "tench", "goldfish", "hen", "--limit", "3")
+    assert len(google.queries) == 3
+    assert not running("download_data_")  # the folder of its profile
+
+
+@contextlib.contextmanager
+def started(out_dir, *options):
+    """Run a download as a process of its own; it ends with the block at the latest."""
+    command = [sys.executable, "download_data.py", "imagenet", "--out-dir", str(out_dir), *QUICK, *options]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield run
+    finally:
+        run.terminate()
+        run.communicate(timeout=60)
+
+
+def test_a_terminated_run_closes_the_browser_and_goes_on(google, pictures, out_dir):
+    google.is_plain = True
+    options = ["--labels", "tench", "goldfish", "--limit", "30"]
+    with started(out_dir, *options) as run:
+        wait_for(lambda: len(pictures.hits) >= 15)
+        assert running("download_data_")
+        run.send_signal(signal.SIGTERM)
+        story = run.stderr.read()
+    assert run.returncode == 130
+    assert "Traceback" not in story
+    wait_for(lambda: not running("download_data_"))
+    imagenet(out_dir, *options)
+    assert len(records(out_dir, "kept")) == 60
+    assert google.queries == ["tench", "goldfish"]
+
+
+def test_killing_the_driver_leaves_no_browser_and_loses_nothing(google, out_dir):
+    google.num_results, google.is_plain = 400, True
+    with started(out_dir, "--labels", "tench", "goldfish", "--limit", "10") as run:
+        wait_for(lambda: google.queries and (out_dir / "manifest.jsonl").exists())
+        [driver] = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(driver), signal.SIGKILL)
+        story = run.stderr.read()
+        run.wait()
+    wait_for(lambda: not running("download_data_"))
+    assert run.returncode == 1
+    assert story.strip().splitlines()[-1].startswith("error: the browser gave up")
+    assert "Traceback" not in story
+    assert len(records(out_dir, "kept")) == 10
+
+
+def test_without_a_browser_it_says_what_is_needed(out_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench")
+    assert "needs Chromium and chromedriver" in stop.value.code
+
+
+def test_google_url_takes_the_filters_of_google_images_download():
+    url = download_data.google_url("happy face", {"type": "face", "size": "large", "safe_search": "on"})
+    assert url == "https://www.google.com/search?q=happy+face&tbs=isz%3Al%2Citp%3Aface&safe=active&udm=2"
+    with pytest.raises(ValueError, match="no value 'huge'"):
+        download_data.google_url("happy face", {"size": "huge"})
+
+
+def test_parse_records_decodes_escapes_and_passes_over_other_shapes():
+    good = (
+        r'[0,"docid_1-x",["https://t/",1,2],["http://a/?b\u003dc\u0026d",3,4],{"2003":[0,0,"http://p","T"]}]'
+    )
+    odd = '[0,"docid_2-x",["https://t/",1,2],null]'
+    records = download_data.parse_records(f"var a=[{odd},{good},{good}];")
+    assert records == {"docid_1-x": download_data.Result("http://a/?b=c&d", "http://p", "T")}
+
+
+# --- hostile servers ---
+
+OUTCOMES = {
+    "/page.jpg": ("rejected", "no image", "a web page"),
+    "/endless.jpg": ("rejected", "too big", "more than 20 MB"),
+    "/huge.jpg": ("rejected", "too big", "more than 20 MB"),
+    "/to-loopback.jpg": ("rejected", "not allowed", "127.0.0.1 is at a private address"),
+    "/to-file.jpg": ("rejected", "not allowed", "the scheme is file"),
+    "/to-nonsense.jpg": ("rejected", "not allowed", "redirected to what is not a URL"),
+    "/to-itself.jpg": ("rejected", "http error", "more than 5 redirects"),
+    "/dripping.jpg": ("failed", "unreachable", "not done after 1 s"),
+    "/dripping-header.jpg": ("failed", "unreachable", "not done after 1 s"),
+    "/truncated.jpg": ("rejected", "no image", "damaged"),
+    "/broken-off.jpg": ("failed", "unreachable", "the connection broke off"),
+    "/bomb.png": ("rejected", "too big", "a decompression bomb"),
+    "/pixel.gif": ("rejected", "too small", "1x1 pixels"),
+    "/script.eps": ("rejected", "no image", "an unknown format"),
+    "/missing.jpg": ("rejected", "http error", "HTTP 404"),
+    "/busy.jpg": ("failed", "unreachable", "HTTP 503"),
+}
+
+
+def test_hostile_answers_are_named_and_leave_nothing(out_dir, tmp_path, monkeypatch):
+    # The server's own address passes for public, so that the redirect's is what is refused.
+    monkeypatch.setattr(download_data, "is_public", lambda address: address == "127.0.0.2")
+    with serve(serve_hostile) as server:
+        base = f"http://localtest:{server.server_port}"
+        lookup = socket.getaddrinfo
+        monkeypatch.setattr(
+            socket,
+            "getaddrinfo",
+            lambda host, *rest, **more: lookup("127.0.0.2" if host == "localtest" else host, *rest, **more),
+        )
+        dial = socket.create_connection
+        monkeypatch.setattr(
+            socket, "create_connection", lambda address, timeout: dial(("127.0.0.1", address[1]), timeout)
+        )
+        listed = write_list(tmp_path / "list", *(("tench", base + path) for path in [*HOSTILE, "/good?n=5"]))
+        options = [option for option in QUICK if option != "--allow-private"]
+        began = time.monotonic()
+        download_data.main(["imagenet", "--out-dir", str(out_dir), *options, "--timeout", "1", *listed])
+    assert time.monotonic() - began < 10
+    found = {r["url"].removeprefix(base): r for r in records(out_dir, "rejected", "failed")}
+    assert found.keys() == OUTCOMES.keys() == HOSTILE.keys()
+    for path, (status, reason, detail) in OUTCOMES.items():
+        assert (found[path]["status"], found[path]["reason"]) == (status, reason), path
+        assert found[path]["detail"].startswith(detail), path
+    assert [record["url"] for record in records(out_dir, "kept")] == [base + "/good?n=5"]
+    assert len(files(out_dir)) == 1
+    assert not list((out_dir / ".incoming").iterdir())
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://example.org/a.jpg", "data:image/gif;base64,R0", "http://", "a.jpg"]
+)
+def test_only_http_is_fetched(url, out_dir, tmp_path):
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", url)))
+    assert reasons(out_dir) == {"not allowed": 1}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("93.184.215.14", True),
+        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),  # where clouds keep their secrets
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False),  # 127.0.0.1 by 6to4
+    ],
+)
+def test_is_public_knows_private_addresses_in_every_guise(address, expected):
+    assert download_data.is_public(address) is expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"])
+def test_private_addresses_are_not_fetched_unless_allowed(host, pictures, out_dir, tmp_path):
+    url = f"http://{host}:{pictures.server_port}/photo?n=1"
+    listed = write_list(tmp_path / "list", ("tench", url))
+    download_data.main(["imagenet", "--out-dir", str(out_dir), "--retries", "0", *listed])
+    assert reasons(out_dir) == {"not allowed": 1}
+    assert not pictures.hits
+
+
+def test_the_address_that_was_checked_is_the_one_connected_to(monkeypatch):
+    answers = iter(["93.184.215.14", "127.0.0.1"])  # a name server that changes its mind
+    dialled = []
+
+    def dial(address, timeout):
+        dialled.append(address)
+        raise ConnectionRefusedError("refused")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: [(0, 0, 0, "", (next(answers), 80))])
+    monkeypatch.setattr(socket, "create_connection", dial)
+    downloader = download_data.Downloader(1, 0, allow_private=False, contact="")
+    with pytest.raises(download_data.Refusal, match="unreachable"):
+        downloader.get("http://rebinding.example/a.jpg")
+    assert dialled == [("93.184.215.14", 80)]
+
+
+def test_tls_certificates_are_checked(out_dir, tmp_path, monkeypatch):
+    with serve(serve_pictures, tls=True) as server:
+        right, wrong = server.url("/photo?n=1", "localhost"), server.url("/photo?n=2", "127.0.0.1")
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", right), ("tench", wrong)))
+        assert [r["detail"] for r in records(out_dir, "rejected")] == 2 * [
+            "TLS certificate: self-signed certificate"
+        ]
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+        trusting = tmp_path / "trusting"
+        imagenet(trusting, *write_list(tmp_path / "list", ("tench", right), ("tench", wrong)))
+    assert [record["url"] for record in records(trusting, "kept")] == [right]
+    assert [r["url"] for r in records(trusting, "rejected")] == [wrong]
+    assert "IP address mismatch" in records(trusting, "rejected")[0]["detail"]
+
+
+def test_what_may_be_passing_is_tried_again(out_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_data, "BACKOFF_S", 0.01)
+
+    def recover(handler):
+        answer = {1: lambda: handler.answer(b"", status=503), 2: handler.connection.close}
+        answer.get(handler.server.hits[handler.path], lambda: serve_pictures(handler))()
+
+    with serve(recover) as server:
+        listed = write_list(tmp_path / "list", ("tench", server.url("/photo?n=1")))
+        imagenet(out_dir, *listed, "--retries", "1")
+        assert reasons(out_dir) == {"unreachable": 1}
+        imagenet(out_dir, *listed, "--retries", "1")  # the next run tries again
+        assert len(records(out_dir, "kept")) == 1
+        assert sum(server.hits.values()) == 3
+
+
+def test_a_host_is_asked_for_two_pictures_at_a_time(out_dir, tmp_path):
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def count(handler):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        serve_pictures(handler)
+
+    with serve(count) as server:
+        listed = write_list(tmp_path / "list", *(("tench", server.url(f"/photo?n={n}")) for n in range(12)))
+        imagenet(out_dir, *listed, "--workers", "6")
+    assert most == [download_data.PER_HOST]
+
+
+# --- what is kept ---
+
+
+def serve_files(contents):
+    """Serve bytes by path."""
+    return serve(lambda handler: handler.answer(contents[handler.path], "application/octet-stream"))
+
+
+def resized(data, size):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize(size).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_copies_are_dropped_across_the_set_and_two_labels_reported(out_dir, tmp_path, capsys):
+    contents = {
+        "/a.jpg": picture(1),
+        "/same.jpg": picture(1),
+        "/smaller.jpg": resized(picture(1), (120, 90)),
+        "/other.jpg": picture(2),
+    }
+    with serve_files(contents) as server:
+        labels = ("tench", "tench", "hen", "hen")
+        listed = write_list(tmp_path / "list", *zip(labels, map(server.url, contents), strict=True))
+        imagenet(out_dir, *listed)
+    kept = records(out_dir, "kept")
+    assert [record["url"] for record in kept] == [server.url("/a.jpg"), server.url("/other.jpg")]
+    refused = {record["url"]: record for record in records(out_dir, "rejected")}
+    assert refused[server.url("/same.jpg")]["reason"] == "copy"
+    assert refused[server.url("/smaller.jpg")]["reason"] == "two labels"
+    assert {record["copy_of"] for record in refused.values()} == {kept[0]["sha256"]}
+    out = capsys.readouterr().out
+    assert f"two labels: {server.url('/smaller.jpg')} was found for 'list' and is the same as tench/" in out
+
+
+def test_one_url_under_two_labels_is_fetched_once_and_reported(pictures, out_dir, tmp_path, capsys):
+    url = pictures.url("/photo?n=1")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", url), ("hen", url)))
+    assert reasons(out_dir) == {"two labels": 1}
+    assert pictures.hits == {"/photo?n=1": 1}
+    assert "two labels" in capsys.readouterr().out
+
+
+def test_the_extension_is_the_real_format_and_the_name_is_never_the_servers(out_dir, tmp_path):
+    contents = {
+        "/..%2F..%2Fpasswd.jpg": picture(1, form="PNG"),
+        "/x.exe": picture(2, form="WEBP"),
+        "/y": picture(3, form="GIF"),
+    }
+    with serve_files(contents) as server:
+        listed = write_list(tmp_path / "list", *(("happy", server.url(path)) for path in contents))
+        emotions(out_dir, *listed)
+        assert reasons(out_dir) == {"no face": 3}
+        dataset = download_data.DataSet(tmp_path / "any", None)
+        downloader = download_data.Downloader(2, 0, allow_private=True, contact="")
+        names = []
+        for path in contents:
+            download_data.replace_file(tmp_path / "download", downloader.get(server.url(path)))
+            fields = download_data.judge(
+                tmp_path / "download", "happy", download_data.Result(""), dataset, find_face=None
+            )
+            names.append(fields["file"])
+    assert [Path(name).suffix for name in names] == [".png", ".webp", ".gif"]
+    assert all(Path(name).parent == Path("happy") for name in names)
+
+
+def test_an_emotion_wants_exactly_one_face_that_is_large_enough(out_dir, tmp_path, sample_photo):
+    montage = Image.open(sample_photo)  # four portraits of 480 pixels
+    portrait = montage.crop((480, 0, 960, 480))
+
+    def jpeg(image):
+        file = io.BytesIO()
+        image.save(file, "JPEG")
+        return file.getvalue()
+
+    contents = {
+        "/one.jpg": jpeg(portrait),
+        "/four.jpg": sample_photo.read_bytes(),
+        "/none.jpg": picture(1),
+        "/small.jpg": jpeg(montage.crop((0, 0, 480, 480)).resize((80, 80))),
+    }
+    with serve_files(contents) as server:
+        listed = write_list(tmp_path / "list", *(("happy", server.url(path)) for path in contents))
+        emotions(out_dir, *listed)
+    [kept] = records(out_dir, "kept")
+    assert kept["url"] == server.url("/one.jpg")
+    left, top, right, bottom = kept["face_box"]
+    assert 0 < left < right < 480
+    assert 0 < top < bottom < 480
+    assert max(right - left, bottom - top) >= 64
+    assert {r["url"].rsplit("/", 1)[1]: r["reason"] for r in records(out_dir, "rejected")} == {
+        "four.jpg": "several faces",
+        "none.jpg": "no face",
+        "small.jpg": "no face",
+    }
+    assert len(files(out_dir)) == 1
+
+
+def test_imagenet_photos_are_shrunk_to_a_shorter_side_of_256(out_dir, tmp_path):
+    contents = {"/big.png": picture(1, (900, 600), "PNG"), "/small.jpg": picture(2, (200, 100))}
+    with serve_files(contents) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", *(("hen", server.url(path)) for path in contents)))
+    big, small = records(out_dir, "kept")
+    assert (big["width"], big["height"]) == (900, 600)
+    with Image.open(out_dir / big["file"]) as image:
+        assert (image.format, image.size) == ("JPEG", (384, 256))
+    with Image.open(out_dir / small["file"]) as image:
+        assert image.size == (200, 100)
+
+
+def test_a_contact_sheet_shows_each_picture_of_a_class(pictures, out_dir, tmp_path):
+    lines = [("hen", pictures.url(f"/photo?n={n}")) for n in range(12)]
+    imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+    with Image.open(tmp_path / "set_sheets" / "hen.png") as sheet:
+        assert sheet.size == (1280, 2 * 142)
+        colors = {sheet.getpixel((n % 10 * 128 + 60, n // 10 * 142 + 40)) for n in range(12)}
+    assert len(colors) == 12
+
+
+def test_the_table_counts_what_was_asked_found_kept_and_rejected(out_dir, tmp_path, capsys):
+    with serve(serve_hostile) as server:
+        paths = ["/photo?n=1", "/photo?n=2", "/page.jpg", "/missing.jpg"]
+        lines = [("hen", server.url(path)) for path in paths] + [("tench", server.url("/photo?n=3"))]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "label  asked  found   kept  http error  no image",
+        "hen        4      4      2           1         1",
+        "tench      1      1      1           0         0",
+        "total      5      5      3           1         1",
+    ]
+
+
+# --- the manifest ---
+
+
+def test_a_manifest_tells_where_a_picture_is_from(pictures, out_dir, tmp_path):
+    imagenet(out_dir, *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1"))))
+    [record] = records(out_dir, "kept")
+    assert record.keys() == {
+        *("status", "label", "query", "engine", "url", "page", "title", "license", "is_thumbnail", "file"),
+        *("width", "height", "bytes", "sha256", "phash", "face_box", "time"),
+    }
+    assert record["file"] == f"hen/{record['sha256'][:16]}.jpg"
+    assert record["bytes"] == len(picture(1))
+
+
+def test_a_killed_run_goes_on_without_a_second_download(out_dir, tmp_path):
+    arrived = threading.Semaphore(0)
+
+    def slowly(handler):
+        time.sleep(0.05)
+        serve_pictures(handler)
+        arrived.release()
+
+    with serve(slowly) as server:
+        urls = [server.url(f"/photo?n={n}") for n in range(40)]
+        listed = write_list(tmp_path / "list", *(("hen", url) for url in urls))
+        with started(out_dir, *listed, "--workers", "3") as run:
+            for _ in range(20):
+                assert arrived.acquire(timeout=120)
+            run.kill()
+            run.wait()
+        in_flight = {path for path in server.hits if not has_arrived(out_dir, server.url(path))}
+        assert len(in_flight) <= 3
+        imagenet(out_dir, *listed)
+    assert [record["url"] for record in records(out_dir, "kept")] == urls
+    assert {path: n for path, n in server.hits.items() if n > 1}.keys() <= in_flight
+    assert len(files(out_dir)) == 40
+
+
+def has_arrived(out_dir, url):
+    """Tell whether a download is on the disk or settled."""
+    settled = {record["url"] for record in records(out_dir, "kept")} if out_dir.exists() else set()
+    return url in settled or (out_dir / ".incoming" / download_data.url_digest(url)).exists()
+
+
+def test_a_run_killed_between_record_and_file_is_repaired(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+    imagenet(out_dir, *listed)
+    [record] = records(out_dir, "kept")
+    (out_dir / record["file"]).unlink()
+    (out_dir / ".incoming" / download_data.url_digest(record["url"])).write_bytes(picture(1))
+    imagenet(out_dir, *listed)
+    assert files(out_dir) == [record["file"]]
+    assert pictures.hits == {"/photo?n=1": 1}
+
+
+def test_a_line_that_breaks_off_is_dropped_but_a_damaged_one_is_named(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", pictures.url(f"/photo?n={n}")) for n in range(2)))
+    imagenet(out_dir, *listed)
+    manifest = out_dir / "manifest.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-30])
+    imagenet(out_dir, *listed)
+    assert len(records(out_dir, "kept")) == 2
+    manifest.write_text("{}\n" + manifest.read_text())
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *listed)
+    assert stop.value.code == f"error: {manifest}, line 1 is no record of this script; delete that line"
+
+
+def test_a_picture_deleted_by_hand_stays_away(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+    imagenet(out_dir, *listed)
+    (out_dir / files(out_dir)[0]).unlink()
+    imagenet(out_dir, *listed)
+    assert files(out_dir) == []
+    assert pictures.hits == {"/photo?n=1": 1}
+
+
+@pytest.mark.parametrize("by", ["sha256", "url", "copy"])
+def test_a_removed_picture_never_comes_back(by, out_dir, tmp_path, capsys):
+    contents = {
+        "/me.jpg": picture(1),
+        "/me-again.jpg": picture(1),
+        "/other.jpg": picture(2),
+        "/new-copy.jpg": resized(picture(1), (140, 105)),
+    }
+    with serve_files(contents) as server:
+        urls = {path: server.url(path) for path in contents}
+        lines = [("hen", url) for path, url in urls.items() if path != "/new-copy.jpg"]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+        me, other = records(out_dir, "kept")
+        name = {"sha256": me["sha256"][:16], "url": urls["/me.jpg"], "copy": urls["/me-again.jpg"]}[by]
+        imagenet(out_dir, "--remove", name)
+        assert f"removed {out_dir / me['file']}" in capsys.readouterr().out
+        assert files(out_dir) == [other["file"]]
+        imagenet(out_dir, *write_list(tmp_path / "list", *(("hen", url) for url in urls.values())))
+        assert files(out_dir) == [other["file"]]
+        manifest = (out_dir / "manifest.jsonl").read_text()
+        assert not [path for path in contents if path != "/other.jpg" and path in manifest]
+        assert server.hits == {"/me.jpg": 1, "/me-again.jpg": 1, "/other.jpg": 1, "/new-copy.jpg": 1}
+        imagenet(out_dir, *write_list(tmp_path / "list", *(("hen", url) for url in urls.values())))
+        assert server.hits["/new-copy.jpg"] == 1
+    with Image.open(tmp_path / "set_sheets" / "hen.png") as sheet:
+        assert len(sheet.crop((128, 0, 1280, 128)).getcolors()) == 1  # one picture, and white
+
+
+def test_remove_names_what_it_does_not_know(out_dir):
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--remove", "https://example.org/never.jpg")
+    assert "lists 0 pictures https://example.org/never.jpg" in stop.value.code
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path, pictures):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        imagenet(
+            tmp_path / "file" / "set", *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+        )
+    assert "Not a directory" in stop.value.code
+    assert not pictures.hits
+
+
+# --- other engines ---
+
+
+def test_openverse_and_commons_name_the_licence(pictures, tmp_path, monkeypatch):
+    for name, answer, licence in (
+        ("openverse", serve_openverse, "by-sa 4.0"),
+        ("commons", serve_commons, "CC BY-SA 4.0"),
+    ):
+        with serve(lambda handler, answer=answer: answer(handler, pictures.url("/photo"), 33)) as server:
+            monkeypatch.setattr(download_data, name.upper(), server.url("/api"))
+            imagenet(tmp_path / name, "--labels", "hen", "--limit", "30", "--engine", name)
+            assert len(server.hits) == 2
+        kept = records(tmp_path / name, "kept")
+        assert [record["url"] for record in kept] == [pictures.url(f"/photo?n={n}") for n in range(30)]
+        assert {record["license"] for record in kept} == {licence}
+        assert all("/" in record["page"] and record["title"] for record in kept)
+
+
+@pytest.mark.parametrize("engine", ["openverse", "commons"])
+def test_an_api_without_more_results_ends_the_search(engine, pictures, out_dir, monkeypatch):
+    answer = {"openverse": serve_openverse, "commons": serve_commons}[engine]
+    with serve(lambda handler: answer(handler, pictures.url("/photo"), 3)) as server:
+        monkeypatch.setattr(download_data, engine.upper(), server.url("/api"))
+        imagenet(out_dir, "--labels", "hen", "--limit", "30", "--engine", engine)
+    assert len(records(out_dir, "kept")) == 3
+
+
+def test_an_api_that_does_not_answer_stops_the_run(out_dir, monkeypatch):
+    with serve(serve_hostile) as server:
+        monkeypatch.setattr(download_data, "OPENVERSE", server.url("/busy.jpg"))
+        monkeypatch.setitem(HOSTILE, "/busy.jpg?q=hen&page=1&page_size=20", HOSTILE["/busy.jpg"])
+        with pytest.raises(SystemExit) as stop:
+            imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
+    assert stop.value.code.startswith("error: Openverse does not answer (HTTP 503)")
+
+
+def test_an_api_that_has_changed_stops_the_run(out_dir, monkeypatch):
+    with serve(lambda handler: handler.answer(b"{}", "application/json")) as server:
+        monkeypatch.setattr(download_data, "OPENVERSE", server.url("/api"))
+        with pytest.raises(SystemExit) as stop:
+            imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
+    assert stop.value.code.startswith("error: openverse answers in another shape than documented (KeyError")
+
+
+def test_ddgs_is_an_extra_that_is_asked_for(out_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ddgs", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "hen", "--engine", "duckduckgo")
+    assert stop.value.code == "error: --engine duckduckgo needs the package ddgs; pip install ddgs"
+
+
+def test_ddgs_is_read_page_by_page(pictures, out_dir, tmp_path, monkeypatch):
+    # The package itself asks search engines, which no test may; this has its interface and its fields.
+    (tmp_path / "ddgs").mkdir()
+    (tmp_path / "ddgs" / "exceptions.py").write_text("class DDGSException(Exception): pass\n")
+    (tmp_path / "ddgs" / "__init__.py").write_text(
+        "from .exceptions import DDGSException\n"
+        "class DDGS:\n"
+        "    def images(self, query, *, backend, page, max_results):\n"
+        "        if page == 3: raise DDGSException('No results found.')\n"
+        f"        return [{{'image': '{pictures.url('/photo?n=')}' + str(4 * page + i), 'url': 'https://p.example',\n"
+        "                 'title': backend} for i in range(4)]\n"
+    )
+    for name in ("ddgs", "ddgs.exceptions"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    imagenet(out_dir, "--labels", "hen", "--limit", "30", "--engine", "bing")
+    kept = records(out_dir, "kept")
+    assert [record["url"] for record in kept] == [pictures.url(f"/photo?n={n}") for n in range(4, 12)]
+    assert {record["title"] for record in kept} == {"bing"}
+
+
+def test_a_manifest_rebuilds_a_set_exactly_and_refuses_what_changed(out_dir, tmp_path, sample_photo):
+    contents = {f"/{n}.jpg": picture(n) for n in range(5)}
+    with serve_files(contents) as server:
+        lines = [(("hen", "tench")[n % 2], server.url(path)) for n, path in enumerate(contents)]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+        listed = ["--engine", "urls", "--list", str(out_dir / "manifest.jsonl")]
+        imagenet(tmp_path / "again", *listed)
+        contents["/3.jpg"] = picture(99)
+        imagenet(tmp_path / "changed", *listed)
+    assert files(tmp_path / "again") == files(out_dir)
+    for name in files(out_dir):
+        assert (tmp_path / "again" / name).read_bytes() == (out_dir / name).read_bytes()
+    assert reasons(tmp_path / "changed") == {"changed": 1}
+    assert len(files(tmp_path / "changed")) == 4
+
+
+def test_an_empty_list_is_named(out_dir, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *write_list(tmp_path / "list"))
+    assert stop.value.code.startswith(f"error: {tmp_path / 'list'} lists no picture")
+
+
+@pytest.mark.parametrize(
+    "line", ["../../etc http://a/b.jpg", ".git http://a/b.jpg", "hen", '{"status": "kept"}']
+)
+def test_a_list_cannot_lead_out_of_the_folder(line, out_dir, tmp_path):
+    (tmp_path / "list").write_text(f"{line}\n")
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"))
+    assert "list, line 1 is neither 'label url' nor a manifest's record" in stop.value.code
+    assert files(out_dir) == []
+
+
+# --- queries ---
+
+
+def test_the_queries_are_those_of_the_resources(tmp_path):
+    args = download_data.parse_args(["emotions", "--limit", "7", "--synonym-limit", "3"])
+    queries = download_data.list_queries(args, {})
+    assert list(dict.fromkeys(query.label for query in queries)) == list(download_data.shared.EMOTIONS)
+    assert queries[0] == ("angry", "angry face", 7)
+    assert {query.limit for query in queries if query.text != f"{query.label} face"} == {3}
+    args = download_data.parse_args(["imagenet"])
+    queries = download_data.list_queries(args, {})
+    assert len({query.label for query in queries}) == 1000
+    assert queries[2] == ("great_white_shark", "great white shark", 5)
+
+
+def test_an_emotions_file_brings_other_words(tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text('{"neutral": ["calm face", "poker face"]}')
+    args = download_data.parse_args(["emotions", "--emotions-file", str(path), "--synonym-limit", "0"])
+    assert download_data.list_queries(args, {}) == [("neutral", "calm face", 100)]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": []}', '{"a": "b"}', '{"../a": ["b"]}', "{"])
+def test_an_emotions_file_of_another_shape_is_named(text, tmp_path, out_dir):
+    (tmp_path / "words.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        emotions(out_dir, "--emotions-file", str(tmp_path / "words.json"))
+    assert "words.json is no JSON object of lists of words" in stop.value.code
+
+
+def test_an_unknown_label_is_named(out_dir):
+    with pytest.raises(SystemExit) as stop:
+        emotions(out_dir, "--labels", "happpy")
+    assert stop.value.code.startswith("error: no label 'happpy', expected some of: angry, disgusted")
