@@ -7,9 +7,9 @@ Openverse and Wikimedia Commons, which name the licence, DuckDuckGo or Bing, or 
 kept if it can be decoded, is no copy of another, and, for an emotion, shows exactly one face.
 
 manifest.jsonl in the output folder is a journal of each search and each picture. A run that was stopped, in
-whatever way, goes on from there: no search and no download is made twice. What a search brings is only weakly
-labelled, and its copyright stays with its owners: look at the contact sheets in <out-dir>_sheets/, and train
-with the photos for research only.
+whatever way, goes on from there; no search is made and no picture downloaded a second time. What a search
+brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
+<out-dir>_sheets/, and train with the photos for research only.
 
 Usage:
     python download_data.py emotions --limit 100
@@ -638,17 +638,7 @@ def collect(
 # --- Google's result page ---
 
 GOOGLE = "https://www.google.com/search"
-FILTERS = (
-    "aspect_ratio",
-    "color",
-    "color_type",
-    "language",
-    "safe_search",
-    "size",
-    "time",
-    "type",
-    "usage_rights",
-)
+FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
 # What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
 REJECT_COOKIES, ACCEPT_COOKIES = "#W0wltc", "#L2AGLb"
@@ -959,6 +949,17 @@ def search_commons(query: Query, downloader: Downloader, pace: Pace) -> list[Res
     return results[: query.limit]
 
 
+def search_api(query: Query, name: str, downloader: Downloader, pace: Pace) -> list[Result]:
+    """Search with a public API; raises ValueError if it does not answer, or not as documented."""
+    search = {"openverse": search_openverse, "commons": search_commons}[name]
+    try:
+        return search(query, downloader, pace)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name} answers in another shape than documented ({error!r}); choose another --engine"
+        ) from None
+
+
 def search_ddgs(query: Query, backend: str, pace: Pace) -> list[Result]:
     """Search DuckDuckGo or Bing through the package ddgs, which is an extra.
 
@@ -1034,13 +1035,7 @@ def open_engine(
     elif args.engine in ("duckduckgo", "bing"):
         yield functools.partial(search_ddgs, backend=args.engine, pace=pace)
     else:
-        search = {"openverse": search_openverse, "commons": search_commons}[args.engine]
-        try:
-            yield functools.partial(search, downloader=downloader, pace=pace)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{args.engine} answers in another shape than documented ({error!r}); choose another --engine"
-            ) from None
+        yield functools.partial(search_api, name=args.engine, downloader=downloader, pace=pace)
 
 
 # --- report ---
