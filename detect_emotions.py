@@ -17,6 +17,7 @@ import csv
 import functools
 import itertools
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -259,10 +260,18 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, image_format, **options)
 
 
+def face_size(text: str) -> float:
+    """Read --min-face-size, pixels or a share."""
+    value = float(text)
+    if not (0 < value < 1 or 12 <= value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is neither 12 pixels or more nor a share below 1")
+    return value
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    share, pixels = shared.number(float, 0, 1), shared.number(int, 12)  # MTCNN's window is 12 pixels wide
+    share = shared.number(float, 0, 1)
     add = parser.add_argument
     add("photos", nargs="+", type=Path, metavar="PHOTO", help="image file, in any format that Pillow reads")
     add("--out-dir", type=Path, metavar="DIR", help="folder for the copies (default: beside each photo)")
@@ -270,8 +279,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--csv", type=Path, metavar="FILE", help="also write a table with a row for each face")
     sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7 (default: %(default)s)"
     add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
-    small = "smallest face to look for, pixels; smaller ones take longer (default: %(default)s)"
-    add("--min-face-size", type=pixels, default=20, metavar="PX", help=small)
+    small = (
+        "smallest face to look for, pixels (12 or more), or a share of the image's shorter side (below 1), "
+        "which means 20 pixels or more; smaller ones take longer (default: %(default)s)"
+    )
+    add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
     shipped = shared.DEFAULT_MODEL
     add("--model", type=Path, default=shipped, metavar="FILE", help="checkpoint (default: %(default)s)")
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")

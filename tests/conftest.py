@@ -1,6 +1,7 @@
 """Real data, and small checkpoints of the real kinds, for all tests."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 # The networks here are so small that threads wait more than they work, most of all beside other processes.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What the tests compile is of no use to the user; it goes when they end.
+CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,258 @@
+"""The face finder beside facenet-pytorch's, and both networks' engines beside torch."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from facenet_pytorch import MTCNN
+from PIL import Image
+
+import model as shared
+
+
+def overlap_shares(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes (N, 4) and others (M, 4): (N, M)."""
+    starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    common = (np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - starts).clip(0).prod(2)
+    areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(1) for part in (boxes, others))
+    return common / (areas[:, None] + other_areas - common)
+
+
+def load(path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def sample(sample_photo) -> Image.Image:
+    return load(sample_photo)
+
+
+@pytest.fixture(scope="module")
+def finder() -> shared.FaceFinder:
+    return shared.FaceFinder(min_face_size=20)
+
+
+@pytest.fixture(scope="module")
+def faces(finder, sample) -> shared.Faces:
+    return finder.find(sample)
+
+
+@pytest.fixture
+def without_openvino(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "emotion-detector"
+
+
+def assert_same(ours: shared.Faces, others: shared.Faces, pixels: float = 0.1) -> None:
+    assert len(ours.boxes) == len(others.boxes)
+    np.testing.assert_allclose(ours.boxes, others.boxes, atol=pixels)
+    np.testing.assert_allclose(ours.landmarks, others.landmarks, atol=pixels)
+    np.testing.assert_allclose(ours.probs, others.probs, atol=1e-3)
+
+
+# --- faces ---
+
+
+def compare_with_facenet(finder, photos):
+    """Count facenet-pytorch's sure faces, those of them that `finder` finds, and its own sure ones."""
+    reference = MTCNN(keep_all=True, min_face_size=20)
+    num_sure = num_found = num_ours = 0
+    for photo in photos:
+        boxes, probs, landmarks = reference.detect(photo, landmarks=True)
+        if boxes is None:
+            boxes, probs, landmarks = np.empty((0, 4)), np.empty(0), np.empty((0, 5, 2))
+        is_sure = np.asarray(probs, float) >= 0.95
+        found = finder.find(photo)
+        num_ours += (found.probs >= 0.95).sum()
+        for box, points in zip(boxes[is_sure], landmarks[is_sure], strict=True):
+            num_sure += 1
+            shares = overlap_shares(box[None], found.boxes)[0]
+            if shares.max(initial=0) >= 0.7:
+                num_found += 1
+                off = np.abs(found.landmarks[shares.argmax()] - points).max()
+                assert off < 0.25 * max(box[2] - box[0], box[3] - box[1])
+    return num_sure, num_found, num_ours
+
+
+def test_finds_facenets_faces_on_the_sample(finder, sample):
+    assert compare_with_facenet(finder, [sample]) == (4, 4, 4)
+
+
+def test_finds_facenets_faces_on_real_photos(finder, real_data):
+    """The bars of tests/benchmark_faces.py, which takes all photos and frames of video."""
+    names = ("18f_pif-group.jpg", "18f_roth-selfie.jpg", "astronaut.png", "grace_hopper.jpg", "no-faces.jpg")
+    num_sure, num_found, num_ours = compare_with_facenet(
+        finder, [load(real_data / "photos" / name) for name in names]
+    )
+    assert num_sure > 100
+    assert num_found >= 0.98 * num_sure
+    assert num_ours <= 1.02 * num_sure
+
+
+def test_default_size_finds_the_small_faces_of_groups(real_data):
+    finder = shared.FaceFinder()
+    assert len(finder.find(load(real_data / "photos" / "18f_roth-selfie.jpg")).boxes) >= 34
+    assert len(finder.find(load(real_data / "photos" / "18f_pif-group.jpg")).boxes) >= 64
+
+
+def test_torch_finds_the_same_faces(faces, sample, without_openvino):
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+
+
+def test_find_all_finds_what_find_does_whatever_the_sizes(finder, sample):
+    images = [
+        sample,
+        sample.crop((0, 0, 480, 960)),
+        sample.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        Image.new("RGB", (3, 5)),
+        sample.crop((480, 0, 960, 960)),
+        sample,
+    ]
+    together = finder.find_all(images)
+    assert [len(found.boxes) for found in together] == [4, 2, 4, 0, 2, 4]
+    for image, found in zip(images, together, strict=True):
+        assert_same(found, finder.find(image))
+    assert finder.find_all([]) == []
+
+
+def test_min_face_size_as_a_share_is_of_the_shorter_side_and_has_a_floor(sample):
+    tall = sample.crop((0, 0, 480, 960))  # its faces are about 170 and 250 pixels wide
+    by_pixels, by_share = (shared.FaceFinder(min_face_size=size).find(tall) for size in (240, 0.5))
+    assert_same(by_pixels, by_share)
+    small = sample.resize((120, 120))
+    assert_same(
+        *(shared.FaceFinder(min_face_size=size).find(small) for size in (shared.MIN_FACE_PIXELS, 0.001))
+    )
+
+
+@pytest.mark.parametrize("size", [0, -1, 1, 11])
+def test_min_face_size_below_the_window_is_refused(size):
+    with pytest.raises(ValueError, match="12 pixels or more nor a share below 1"):
+        shared.FaceFinder(min_face_size=size)
+
+
+def test_refine_answers_each_box_in_order(finder, faces, sample):
+    wall = np.array([[450, 5, 520, 75]], np.float32)
+    boxes = np.concatenate([faces.boxes[[2]], wall, faces.boxes[[0, 0]]])
+    refined = finder.refine(sample, boxes)
+    assert [part.shape for part in refined] == [(4, 4), (4,), (4, 5, 2)]
+    assert {part.dtype for part in refined} == {np.dtype(np.float32)}
+    assert (overlap_shares(refined.boxes, faces.boxes)[[0, 2, 3], [2, 0, 0]] > 0.75).all()
+    assert (refined.probs[[0, 2, 3]] > 0.9).all()
+    assert refined.probs[1] < 0.5
+    assert [len(part) for part in finder.refine(sample, boxes[:0])] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("direction", [(1, 0), (-1, 0), (0, 1), (0, -1)])
+def test_refine_follows_a_face_that_moved_by_a_sixth(finder, faces, sample, direction):
+    sides = (faces.boxes[:, 2:] - faces.boxes[:, :2]).max(1, keepdims=True)
+    moved = faces.boxes + np.tile(direction, 2) * sides / 6
+    refined = finder.refine(sample, moved)
+    shares = np.diag(overlap_shares(refined.boxes, faces.boxes))
+    assert (shares > 0.75).all()
+    assert (refined.probs > 0.9).all()
+
+
+def test_refine_takes_boxes_that_left_the_image(finder, sample):
+    refined = finder.refine(sample, np.array([[-90, -90, -10, -10], [950, 950, 1100, 1100]], np.float32))
+    assert np.isfinite(refined.boxes).all()
+    assert (refined.probs < 0.9).all()
+
+
+# --- inference ---
+
+
+def test_predict_agrees_with_torch(faces, sample, monkeypatch):
+    device = torch.device("cpu")
+    by_openvino = shared.Classifier.load(shared.DEFAULT_MODEL, device)
+    probs = by_openvino.predict(sample, faces.boxes)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    expected = shared.Classifier.load(shared.DEFAULT_MODEL, device).predict(sample, faces.boxes)
+    # Up to 0.03 of 2,479 faces where the CPU computes in bfloat16, else 1e-6.
+    np.testing.assert_allclose(probs, expected, atol=0.05)
+
+    checkpoint = shared.load_checkpoint(shared.DEFAULT_MODEL)
+    network = shared.MirrorAveraged(shared.load_network(checkpoint)).eval()
+    crops = shared.crop_faces(sample, faces.boxes, checkpoint["crop_margin"])
+    grays = [torch.tensor(np.asarray(crop.convert("L")))[None, None] for crop in crops]
+    with torch.inference_mode():
+        logits = network(
+            torch.cat([shared.normalize_faces(gray, checkpoint["image_size"]) for gray in grays])
+        )
+    np.testing.assert_allclose(expected, (logits / checkpoint["temperature"]).softmax(1), atol=1e-3)
+
+
+def test_predict_all_splits_one_batch_by_image(faces, sample):
+    classifier = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+    mirrored = sample.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    boxes = [faces.boxes, faces.boxes[:0], faces.boxes[1:3]]
+    probs = classifier.predict_all([sample, sample, mirrored], boxes)
+    assert [part.shape for part in probs] == [(4, 5), (0, 5), (2, 5)]
+    np.testing.assert_allclose(probs[0], classifier.predict(sample, boxes[0]), atol=0.01)
+    np.testing.assert_allclose(probs[2], classifier.predict(mirrored, boxes[2]), atol=0.01)
+    assert classifier.predict_all([], []) == []
+
+
+def test_engine_runs_more_than_a_batch_and_none(finder):
+    crops = np.random.default_rng(0).integers(0, 256, (2 * shared.MAX_BATCH + 5, 24, 24, 3), np.uint8)
+    shifts, probs = finder._rnet(crops)
+    one_by_one = [finder._rnet(crop[None]) for crop in crops]
+    np.testing.assert_allclose(shifts, np.concatenate([shift for shift, _ in one_by_one]), atol=1e-5)
+    np.testing.assert_allclose(probs, np.concatenate([prob for _, prob in one_by_one]), atol=1e-5)
+    assert [part.shape for part in finder._rnet(crops[:0])] == [(0, 4), (0, 2)]
+
+
+def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, cache, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+    fresh = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
+    assert len(list(cache.iterdir())) == 4
+    monkeypatch.delattr(openvino, "convert_model")
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+    again = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
+    np.testing.assert_allclose(again, fresh, atol=1e-5)
+
+
+def test_detection_with_cached_engines_loads_neither_torchvision_nor_telemetry(
+    faces, sample, sample_photo, tmp_path
+):
+    pytest.importorskip("openvino")
+    shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+    code = f"""
+import sys, detect_emotions
+detect_emotions.main([{str(sample_photo)!r}, "--out-dir", {str(tmp_path)!r}])
+loaded = [name for name in ("torchvision", "facenet_pytorch", "cv2", "openvino_telemetry") if sys.modules.get(name)]
+print(*loaded, file=sys.stderr)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "\n")
+    assert run.stdout.count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda blob: b"", lambda blob: blob[:-9], lambda blob: blob[:99] + b"x" * 9]
+)
+def test_damaged_cache_is_made_again(faces, sample, cache, damage):
+    pytest.importorskip("openvino")
+    shared.FaceFinder(min_face_size=20)
+    contents = {path: path.read_bytes() for path in cache.iterdir()}
+    assert len(contents) == 3
+    for path, content in contents.items():
+        path.write_bytes(damage(content))
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+    assert all(shared.read_cache(path) for path in contents)
+
+
+def test_cache_that_cannot_be_written_is_no_error(faces, sample, cache):
+    cache.write_text("a file where the folder belongs")
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+    assert cache.is_file()
