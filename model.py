@@ -1310,7 +1310,8 @@ class Classifier:
         margin = self.checkpoint["crop_margin"]
         crops = [crop_faces(image, own, margin) for image, own in zip(images, boxes, strict=True)]
         probs = self.predict_crops(list(itertools.chain(*crops)))
-        return np.split(probs, np.cumsum([len(own) for own in crops])[:-1])
+        ends = np.cumsum([len(own) for own in crops])
+        return [probs[end - len(own) : end] for own, end in zip(crops, ends, strict=True)]
 
     def predict_crops(self, crops: Sequence[Image.Image]) -> np.ndarray:
         """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32."""

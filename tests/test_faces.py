@@ -230,8 +230,8 @@ def test_detection_with_cached_engines_loads_neither_torchvision_nor_telemetry(
     code = f"""
 import sys, detect_emotions
 detect_emotions.main([{str(sample_photo)!r}, "--out-dir", {str(tmp_path)!r}])
-loaded = [name for name in ("torchvision", "facenet_pytorch", "cv2", "openvino_telemetry") if sys.modules.get(name)]
-print(*loaded, file=sys.stderr)
+unwanted = ("torchvision", "facenet_pytorch", "cv2", "openvino_telemetry")
+print(*(name for name in unwanted if sys.modules.get(name)), file=sys.stderr)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "\n")
