@@ -333,11 +333,12 @@ def distinct(
 
 def is_distinct(boxes: np.ndarray, of_smaller: bool) -> np.ndarray:
     """Tell which of boxes (M, 4), surest first, overlap none of those before them that is kept itself."""
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    starts = np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    shared = (np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - starts).clip(0).prod(2)
-    pairs = np.minimum(areas[:, None], areas) if of_smaller else areas[:, None] + areas - shared
-    hides = np.tril(shared > SAME_FACE * pairs, -1)
+    left, top, right, bottom = np.ascontiguousarray(boxes.T)
+    areas = (right - left) * (bottom - top)
+    shared = (np.minimum.outer(right, right) - np.maximum.outer(left, left)).clip(0)
+    shared *= (np.minimum.outer(bottom, bottom) - np.maximum.outer(top, top)).clip(0)
+    whole = np.minimum.outer(areas, areas) if of_smaller else np.add.outer(areas, areas) - shared
+    hides = np.tril(shared > SAME_FACE * whole, -1)
     kept, before = np.ones(len(boxes), bool), None
     while before is None or (kept != before).any():  # settles from the surest down, in a few rounds
         before, kept = kept, ~(hides & kept).any(1)
