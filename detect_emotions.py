@@ -27,6 +27,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -37,17 +38,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
+import av
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import model as shared
-
-if TYPE_CHECKING:
-    from av import Packet
-    from av.container import OutputContainer
 
 Font = ImageFont.FreeTypeFont
 
@@ -83,6 +81,8 @@ STEADY_PROB = 0.05
 STEADY_FONT = 0.2  # of the font's size
 SWITCH_LEAD = 0.1  # by which another emotion's smoothed probability must lead for the label to change
 
+MISSED = 0.5  # s that the last frame may end before a video should; chosen here
+BT709, MPEG_RANGE = 1, 1  # FFmpeg's numbers for the colours of HD video, and for 16-235 as black to white
 LOST_AFTER = 0.5  # s without a sight of the face, then its track ends; chosen here
 MIN_IOU = 0.3  # of the box where a track is expected and a box that may be its face; as in SORT (Bewley 2016)
 SAME_FACE = 0.7  # share of the smaller of two boxes: one face if both share it; as in MTCNN's last stage
@@ -304,7 +304,9 @@ def draw_faces(
     if drawn is not None:
         emotions = [face["emotion"] for face in faces]
         now = map(Drawn, boxes, emotions, probs, fonts, chosen)
-        drawn |= zip((face["track"] for face in faces), now, strict=True)
+        tracks = [face["track"] for face in faces]
+        drawn.clear()
+        drawn.update(zip(tracks, now, strict=True))
     return copy
 
 
@@ -512,8 +514,8 @@ class TrackSummary:
     bins: (
         np.ndarray | None
     )  # (NUM_BINS, C), sums of its probabilities; None once it is too short for the plot
-    picture: Image.Image | None = None
-    picture_area: float = 0.0  # pixels of the box that the picture shows
+    picture: Image.Image | None = None  # of the face where its label was surest
+    picture_prob: float = 0.0
 
 
 class Summary:
@@ -558,12 +560,11 @@ class Summary:
                 track.bins = np.concatenate([pairs, np.zeros_like(pairs)])
 
     def _picture(self, track: TrackSummary, image: Image.Image, face: dict) -> None:
-        """Keep the face's picture if it is clearly larger than the one that there is."""
-        x0, y0, x1, y1 = face["box"]
-        if (x1 - x0) * (y1 - y0) > 1.2 * track.picture_area:
+        """Keep the face's picture if its label is clearly surer than the kept one's."""
+        if face["prob"] > track.picture_prob + 0.02:
             (crop,) = shared.crop_faces(image, np.array([face["box"]]), 0.2)
             track.picture = crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
-            track.picture_area = (x1 - x0) * (y1 - y0)
+            track.picture_prob = face["prob"]
 
     def shares(self, *tracks: TrackSummary) -> dict[str, float]:
         """Share of the time that the tracks' labels told each emotion."""
@@ -660,7 +661,7 @@ class Video:
         lost: what could not be read of it, in words; complete once all frames were read.
     """
 
-    batch_size = 8  # frames at a time: what memory allows for 4K, and as much as batching gains from
+    batch_size = 8  # frames that are worked on together
 
     def __init__(self, path: Path, start: float, end: float):
         """Open a file to read it from `start` until `end`, s.
@@ -668,16 +669,11 @@ class Video:
         Raises:
             ValueError: it is not a video that FFmpeg can read.
         """
-        import av  # noqa: PLC0415 (photos do not need it)
-
         self.name, self.path, self.start, self.end, self.lost = str(path), path, start, end, []
-        self._errors = (av.error.FFmpegError, UnicodeDecodeError)
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
-        except FileNotFoundError:
-            raise ValueError(f"{path} cannot be read: No such file or directory") from None
-        except av.error.FFmpegError as error:
-            raise ValueError(f"{path} is not a video that FFmpeg can read ({error.strerror})") from None
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"{path} is not a video that can be read: {error.strerror}") from None
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise ValueError(f"{path} has no picture, only sound; name a video")
@@ -685,71 +681,68 @@ class Video:
         self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.time_base = self._stream.time_base
         codec = self._stream.codec_context
-        self.color_tags = {
-            "colorspace": codec.colorspace or 1,  # 0 is RGB, which H.264 for browsers cannot be
-            "color_primaries": codec.color_primaries,
-            "color_trc": codec.color_trc,
-        }
+        self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
         self.sample_aspect_ratio = codec.sample_aspect_ratio
         self._origin = self._stream.start_time or 0
-        self._length = self._stream.duration and self._stream.duration * self.time_base  # s
+        self._length = self._stream.duration and float(self._stream.duration * self.time_base)  # s
+        if "DURATION" in self._stream.metadata:  # Matroska
+            self._length = seconds(self._stream.metadata["DURATION"])
         self.num_frames = self._length and round((min(end, self._length) - start) * self.rate)
 
     def frames(self) -> Iterator[Frame]:
         """Read the frames, all as large as the first."""
         return trim(self._decode(), self.start, self.end)
 
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
     def _decode(self) -> Iterator[Frame]:
         if self.start:
             self._container.seek(self._origin + int(self.start / self.time_base), stream=self._stream)
         size, time, ends = None, Fraction(-1), Fraction(0)
         for picture in self._pictures():
-            duration = (picture.duration or 0) * self.time_base or 1 / self.rate
-            before = time
-            time = ends if picture.pts is None else (picture.pts - self._origin) * self.time_base
+            before, time = time, ends
+            if picture.pts is not None:
+                time = (picture.pts - self._origin) * self.time_base
             if time <= before:
                 continue  # the timestamps are damaged, or it comes before what the file says is its start
             image = picture.to_image()
-            if picture.rotation % 360:
+            if picture.rotation:
                 image = image.rotate(picture.rotation, expand=True)
             size = size or image.size
-            if image.size != size:
-                image = image.resize(size)
+            duration = (picture.duration or 0) * self.time_base or 1 / self.rate
             ends = time + duration
-            yield Frame(0, time, duration, image)
-        if self._length and ends < self._length - Fraction(1, 2):
-            self.lost.append(f"it ends at {float(ends):.1f} of {float(self._length):.1f} s")
+            yield Frame(0, time, duration, image if image.size == size else image.resize(size))
+        if self._length and ends < self._length - MISSED:
+            self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
 
-    def _pictures(self) -> Iterator:
+    def _pictures(self) -> Iterator[av.VideoFrame]:
         """Decode all pictures that can be."""
-        num_damaged = 0
-        packets = self._container.demux(self._stream)
-        while True:
+        num_damaged, packets, packet = 0, self._container.demux(self._stream), True
+        while packet:
             try:
-                packet = next(packets, None)
-            except self._errors:
-                num_damaged, packet = num_damaged + 1, None
-            try:
-                yield from self._stream.decode(packet)
+                packet = next(packets, None)  # the last, an empty one, lets the decoder give what it holds
+                for picture in self._stream.decode(packet):
+                    num_damaged += picture.is_corrupt
+                    yield picture
             except EOFError:
-                pass
-            except self._errors:
-                num_damaged += 1
-            if packet is None:
                 break
+            except av.error.FFmpegError:
+                num_damaged += 1
         if num_damaged:
-            self.lost.append(f"{num_damaged} damaged parts were left out")
-        self._container.close()
+            self.lost.append(f"{num_damaged} damaged parts were left out or guessed")
 
 
 class Camera:
-    """A camera, or a stream that OpenCV opens; the attributes are those of `Video`."""
+    """A camera, or a stream that OpenCV opens; Ctrl-C is its end. The attributes are those of `Video`."""
 
-    batch_size = 1  # frames at a time, so that the window shows what is now
-    path = None
+    batch_size = 1  # so that the window shows what is now
+    path, num_frames, time_base = None, None, Fraction(1, 90_000)
+    colors, sample_aspect_ratio = (BT709, BT709, BT709), None
 
     def __init__(self, device: str, start: float, end: float):
-        """Open a camera by its number, or a stream by its address, from `start` until `end`, s.
+        """Open a camera by its number, or a stream by its address, to read it from `start` until `end`, s.
 
         Raises:
             ValueError: it does not open.
@@ -762,25 +755,27 @@ class Camera:
             raise ValueError(f"camera {device} does not open; is it there, and does no other program use it?")
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
-        self.num_frames, self.time_base, self.sample_aspect_ratio = None, Fraction(1, 90_000), None
-        self.color_tags = {"colorspace": 1, "color_primaries": 1, "color_trc": 1}  # ITU-R BT.709
-        self._is_stopped = False
-
-    def stop(self) -> None:
-        """Let the present frame be the last."""
-        self._is_stopped = True
+        self._is_ended = threading.Event()
+        self._handler = signal.signal(signal.SIGINT, lambda *_: self._is_ended.set())
 
     def frames(self) -> Iterator[Frame]:
         """Read the frames as they come; their times are those at which they were read."""
         return trim(self._read(), self.start, self.end)
 
+    def close(self) -> None:
+        """Give the camera back, and Ctrl-C its meaning."""
+        signal.signal(signal.SIGINT, self._handler)
+        self._capture.release()
+
     def _read(self) -> Iterator[Frame]:
         opened, last = time.monotonic(), -1 / self.rate
-        while not self._is_stopped and (answer := self._capture.read())[0]:
-            now = Fraction(round((time.monotonic() - opened) * 90_000), 90_000)
-            yield Frame(0, now, now - last, Image.fromarray(answer[1][:, :, ::-1]))
+        while not self._is_ended.is_set():
+            is_read, pixels = self._capture.read()
+            if not is_read:
+                return
+            now = round((time.monotonic() - opened) / self.time_base) * self.time_base
+            yield Frame(0, now, now - last, Image.fromarray(pixels[:, :, ::-1]))
             last = now
-        self._capture.release()
 
 
 def camera_name(device: str) -> str:
@@ -788,85 +783,72 @@ def camera_name(device: str) -> str:
     return "camera" + re.sub(r"\W+", "_", device)
 
 
-def open_sound(video: Video, output: "OutputContainer", start: Fraction) -> Iterator["Packet | None"]:
-    """Add a video's sound to an MP4 file; give None, then its packets from `start` on, s, to be written there.
+def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
+    """Add a video's sound to an MP4 file that is still empty; return its packets from `start` on, s.
 
     They are copied as they are where browsers can play them, else made AAC. A damaged rest is left out.
     """
-    import av  # noqa: PLC0415
-
-    container = av.open(str(video.path), metadata_errors="ignore")
+    container = av.open(str(path), metadata_errors="ignore")
     source = container.streams.best("audio")
     if source is None:
-        return
+        return iter(())
     is_copied = source.codec_context.codec.canonical_name in COPIED_SOUND
-    target = (
-        output.add_stream_from_template(source)
-        if is_copied
-        else output.add_stream(
-            "aac", rate=source.codec_context.sample_rate, layout=source.codec_context.layout
-        )
-    )
-    yield None  # the caller may begin to write now that the stream is there
-    if start:
-        container.seek(round(start * av.time_base))
-    resampler = None if is_copied else av.AudioResampler("fltp", target.layout, target.rate)
-    with suppress(av.error.FFmpegError):
-        for packet in container.demux(source):
-            for part in (
-                [packet] if is_copied else [r for f in packet.decode() for r in resampler.resample(f)]
-            ):
-                if part.pts is None:
+    if is_copied:
+        target = output.add_stream_from_template(source)
+    else:
+        codec = source.codec_context
+        target = output.add_stream("aac", rate=codec.sample_rate, layout=codec.layout)
+
+    def packets() -> Iterator[av.Packet]:
+        if start:
+            container.seek(round(start * av.time_base))
+        with suppress(av.error.FFmpegError):
+            for part in container.demux(source) if is_copied else container.decode(source):
+                if part.pts is None or part.pts * part.time_base < start:
                     continue
                 part.pts -= round(start / part.time_base)
-                if part.pts < 0:
-                    continue
                 if is_copied:
                     part.dts, part.stream = part.pts, target
                     yield part
                 else:
                     yield from target.encode(part)
-    if not is_copied:
-        yield from target.encode(None)
+        if not is_copied:
+            yield from target.encode(None)
+
+    return packets()
 
 
 class VideoWriter:
-    """Writes H.264 in MP4 that plays in browsers, as `source` is in times, sound and colours.
+    """Writes H.264 in MP4 that plays in browsers, with the times, colours and sound of its source."""
 
-    H.264 for browsers has even sides only, so an odd side grows by a copy of its last row or column.
-    """
+    def __init__(self, path: Path, source: Video | Camera, first: Frame):
+        """Begin a file for the frames from `first` on.
 
-    def __init__(self, path: Path, source: "Video | Camera", first: Frame):
-        """Begin a file that the frames from `first` on are for."""
-        import av  # noqa: PLC0415
-
-        self._av, self._source, self._start = av, source, first.time
+        H.264 for browsers has even sides only: an odd one grows by a copy of its last row or column.
+        """
+        self._start, self._time_base, self._colors = first.time, source.time_base, source.colors
         self._output = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         self._stream = self._output.add_stream("libx264", rate=source.rate, options=ENCODER_OPTIONS)
-        self._stream.width, self._stream.height = (side + side % 2 for side in first.image.size)
+        self._odd = [(0, side % 2) for side in first.image.size[::-1]]
+        self._stream.height, self._stream.width = (side + side % 2 for side in first.image.size[::-1])
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
-        codec.time_base, codec.color_range = source.time_base, 1  # MPEG's
-        for name, value in source.color_tags.items():
-            setattr(codec, name, value)
+        codec.time_base, codec.color_range = source.time_base, MPEG_RANGE
+        codec.colorspace, codec.color_primaries, codec.color_trc = source.colors
         if source.sample_aspect_ratio:
             codec.sample_aspect_ratio = source.sample_aspect_ratio
-        self._sound = iter(()) if source.path is None else open_sound(source, self._output, first.time)
-        self._packet = next(self._sound, None)
+        self._sound = add_sound(source.path, self._output, first.time) if source.path else iter(())
         self._packet = next(self._sound, None)
 
     def write(self, frame: Frame, image: Image.Image) -> None:
-        """Add a frame's labelled image and the sound up to its end."""
-        picture = self._av.VideoFrame.from_image(image)
-        if image.size != (self._stream.width, self._stream.height):
-            pixels = np.asarray(image)
-            odd = [(0, side % 2) for side in pixels.shape[:2]]
-            picture = self._av.VideoFrame.from_ndarray(np.pad(pixels, [*odd, (0, 0)], "edge"))
-        colorspace = self._source.color_tags["colorspace"]
-        picture = picture.reformat(format="yuv420p", dst_colorspace=colorspace, dst_color_range=1)
-        picture.time_base = self._source.time_base
-        picture.pts = round((frame.time - self._start) / picture.time_base)
-        picture.duration = round(frame.duration / picture.time_base)
+        """Add a frame's labelled image and the sound until its end."""
+        picture = av.VideoFrame.from_image(image)
+        if any(after for _, after in self._odd):
+            picture = av.VideoFrame.from_ndarray(np.pad(np.asarray(image), [*self._odd, (0, 0)], "edge"))
+        picture = picture.reformat(None, None, "yuv420p", None, self._colors[0], dst_color_range=MPEG_RANGE)
+        picture.time_base = self._time_base
+        picture.pts = round((frame.time - self._start) / self._time_base)
+        picture.duration = round(frame.duration / self._time_base)
         self._output.mux(self._stream.encode(picture))
         end = frame.time + frame.duration - self._start
         while self._packet is not None and self._packet.pts * self._packet.time_base < end:
@@ -892,8 +874,8 @@ def load_opencv() -> ModuleType:
         import cv2  # noqa: PLC0415 (photos and video files do without it)
     except ImportError as error:
         raise ValueError(
-            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get install "
-            "libgl1 libglib2.0-0, or, for cameras without a window, pip install opencv-python-headless"
+            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get "
+            "install libgl1 libglib2.0-0, or pip install opencv-python-headless for cameras without a window"
         ) from None
     return cv2
 
@@ -953,16 +935,12 @@ def text_line(path: Path, face: dict) -> str:
 
 
 class Source(NamedTuple):
-    """A photo or video to label."""
+    """Something to label."""
 
     path: Path
-    folder: Path  # for what is made of it
-    is_named: bool  # on the command line, not found in a folder or by a pattern
-
-    @property
-    def is_video(self) -> bool:
-        """Whether it is a video, by its name."""
-        return self.path.suffix.lower() in VIDEO_SUFFIXES
+    kind: str  # "photo", "video" or "camera"
+    folder: Path | None  # for what is made of it
+    is_named: bool = True  # on the command line, not found in a folder or by a pattern
 
 
 def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -> list[Source]:
@@ -973,25 +951,27 @@ def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -
     Raises:
         ValueError: a folder or pattern has none.
     """
-    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    kinds |= VIDEO_SUFFIXES
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     sources = {}
     for text in inputs:
         path, top = Path(text), None
         if path.is_dir():
-            found, top = path.rglob("*") if recursive else path.iterdir(), path
+            files, top = path.rglob("*") if recursive else path.iterdir(), path
         elif glob.has_magic(text) and not path.exists():
-            found = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (Path.glob wants a folder)
+            files = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (Path.glob wants a folder)
         else:
-            sources[path] = Source(path, out_dir or path.parent, True)
+            kind = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "photo"
+            sources[path] = Source(path, kind, out_dir or path.parent)
             continue
-        found = sorted(file for file in found if file.suffix.lower() in kinds and file.is_file())
-        if not found:
+        files = sorted(file for file in files if file.suffix.lower() in readable | VIDEO_SUFFIXES)
+        if not files:
             raise ValueError(f"{text} has no photos or videos; name files, or a folder with --recursive")
-        for file in found:
-            if not re.search("_emotions(_timeline)?$", file.stem):
+        for file in files:
+            if file.is_file() and not re.search("_emotions(_timeline)?$", file.stem):
+                kind = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
                 below = file.parent.relative_to(top) if top else ""
-                sources.setdefault(file, Source(file, out_dir / below if out_dir else file.parent, False))
+                folder = out_dir / below if out_dir else file.parent
+                sources.setdefault(file, Source(file, kind, folder, is_named=False))
     return list(sources.values())
 
 
@@ -1007,17 +987,14 @@ def copy_name(path: Path) -> str:
 
 
 def name_outputs(source: Source, has_video: bool) -> dict[str, Path]:
-    """Name what is made of a photo (its "copy") or a video (see `video_outputs`)."""
-    if source.is_video:
-        return video_outputs(source.folder, source.path.stem, has_video)
-    return {"copy": source.folder / copy_name(source.path)}
-
-
-def video_outputs(folder: Path, stem: str, has_video: bool) -> dict[str, Path]:
-    """Name what is made of a video: "video", unless unwanted, "faces", "tracks" and "timeline"."""
+    """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
+    if source.folder is None:
+        return {}
+    if source.kind == "photo":
+        return {"copy": source.folder / copy_name(source.path)}
     endings = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
-    names = {kind: folder / f"{stem}_emotions{ending}" for kind, ending in endings.items()}
-    return {kind: path for kind, path in names.items() if kind != "video" or has_video}
+    names = {part: source.folder / f"{source.path.stem}_emotions{ending}" for part, ending in endings.items()}
+    return {part: path for part, path in names.items() if part != "video" or has_video}
 
 
 def plan_outputs(
@@ -1044,10 +1021,21 @@ def plan_outputs(
     return plan
 
 
-def is_finished(source: Source, outputs: dict[str, Path]) -> bool:
-    """Say whether all outputs are there and newer than their source."""
-    changed = source.path.stat().st_mtime
-    return all(path.exists() and path.stat().st_mtime >= changed for path in outputs.values())
+def leave_out_finished(plan: dict[Source, dict[str, Path]]) -> dict[Source, dict[str, Path]]:
+    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
+
+    def is_finished(source: Source, outputs: dict[str, Path]) -> bool:
+        changed = source.path.stat().st_mtime
+        return all(path.exists() and path.stat().st_mtime >= changed for path in outputs.values())
+
+    left = {
+        source: outputs
+        for source, outputs in plan.items()
+        if source.is_named or not is_finished(source, outputs)
+    }
+    if len(left) < len(plan):
+        print(f"{len(plan) - len(left)} were finished before; --overwrite does them again", file=sys.stderr)
+    return left
 
 
 def open_table(path: Path) -> TextIO:
@@ -1095,20 +1083,19 @@ def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
     return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
 
 
-def label_video(
+def label_video(  # noqa: PLR0917 (all are needed)
     source: Video | Camera,
     outputs: dict[str, Path],
     kit: Kit,
     pace: dict[str, float],
-    *,
-    tell: Callable[[dict], None] | None = None,
-    window: Window | None = None,
+    tell: Callable[[dict], None],
+    window: Window | None,
 ) -> Summary:
     """Write what `outputs` names of a video; all of it or, if something fails, nothing.
 
     Args:
         source: opened.
-        outputs: of `video_outputs`, or none.
+        outputs: of `name_outputs`.
         kit: what labels faces.
         pace: `every`, `search_every` and `smooth` of `follow_faces`.
         tell: gets the record of each frame that --json prints.
@@ -1120,20 +1107,18 @@ def label_video(
     """
     summary, drawn, writer = Summary(kit.classifier.classes), {}, None
     with ExitStack() as stack:
-        parts = {kind: stack.enter_context(replacing(path)) for kind, path in outputs.items()}
-        table = csv.writer(stack.enter_context(open_table(parts["faces"] if parts else Path(os.devnull))))
+        parts = {part: stack.enter_context(replacing(path)) for part, path in outputs.items()}
+        table = csv.writer(stack.enter_context(open_table(parts.get("faces", Path(os.devnull)))))
         table.writerow(["frame", "time", "track", *face_columns(kit.classifier.classes)])
-        frames = in_background(source.frames(), source.batch_size)
-        labelled = follow_faces(frames, kit.finder, kit.classifier, **pace, batch_size=source.batch_size)
-        labelled = in_background(labelled, source.batch_size)
-        total = source.num_frames
-        for frame, faces in tqdm(labelled, Path(source.name).name, total, unit="frame", disable=None):
+        frames = stack.enter_context(closing(in_background(source.frames(), source.batch_size)))
+        followed = follow_faces(frames, kit.finder, kit.classifier, **pace, batch_size=source.batch_size)
+        followed = stack.enter_context(closing(in_background(followed, source.batch_size)))
+        for frame, faces in tqdm(followed, source.name, source.num_frames, unit="frame", disable=None):
             when = round(float(frame.time), 4)
             summary.add(frame, faces)
             table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
-            if tell:
-                size = {"width": frame.image.width, "height": frame.image.height}
-                tell({"file": source.name, **size, "frame": frame.number, "time": when, "faces": faces})
+            size = {"width": frame.image.width, "height": frame.image.height}
+            tell({"file": source.name, **size, "frame": frame.number, "time": when, "faces": faces})
             if "video" in parts or window:
                 image = draw_faces(frame.image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
@@ -1142,7 +1127,7 @@ def label_video(
             if window and not window.show(image, float(frame.time)):
                 break
         if summary.start is None:
-            reason = "; ".join(source.lost) or "--start and --end leave none, or it is empty"
+            reason = "; ".join(source.lost) or "it is empty, or --start and --end leave none"
             raise ValueError(f"{source.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, parts["timeline"])
@@ -1213,7 +1198,12 @@ def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
     args = parse_args(argv)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error, at twice the size, stays
-    plan = plan_outputs(find_sources(args.inputs, args.recursive, args.out_dir), not args.no_video, args.csv)
+    sources = find_sources(args.inputs, args.recursive, args.out_dir)
+    if args.camera is not None:
+        sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
+    plan = plan_outputs(sources, not args.no_video, args.csv)
+    if not (args.overwrite or args.json or args.csv):  # the last two are to tell of all
+        plan = leave_out_finished(plan)
     load_font(args.font, MIN_FONT_SIZE)  # a wrong one is told before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
@@ -1223,41 +1213,31 @@ def main(argv: list[str] | None = None) -> None:
     kit = Kit(finder, classifier, class_colors(classifier.classes), args.font)
     pace = {"every": args.every, "search_every": args.search_every, "smooth": args.smooth}
 
-    tell = (lambda record: tqdm.write(json.dumps(record))) if args.json else None
+    def tell(record: dict) -> None:
+        if args.json:
+            tqdm.write(json.dumps(record))
+            sys.stdout.flush()  # whoever reads a live pipe should not wait
 
-    def run_video(video: Video | Camera, outputs: dict[str, Path]) -> None:
-        summary = label_video(video, outputs, kit, pace, tell=tell, window=window)
-        if not args.json:
-            tqdm.write(summary.text_line(video.name))
-        if not summary.tracks:
-            tqdm.write(f"{video.name}: no face found", file=sys.stderr)
-        if video.lost:
-            raise ValueError(f"{video.name}: {'; '.join(video.lost)}; the rest was labelled")
-
-    if args.camera is not None:
-        camera = Camera(args.camera, args.start, args.end)
-        signal.signal(signal.SIGINT, lambda *_: camera.stop())  # the recording is kept
-        stem = camera.name
-        run_video(camera, video_outputs(args.out_dir, stem, not args.no_video) if args.out_dir else {})
-
-    rows, num_failed, num_finished = [["file", "face", *face_columns(classifier.classes)]], 0, 0
-    does_all = args.overwrite or args.json or args.csv  # the last two are to be whole
+    rows, num_failed = [["file", "face", *face_columns(classifier.classes)]], 0
     for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
         try:
-            if not (source.is_named or does_all) and is_finished(source, outputs):
-                num_finished += 1
-            elif source.is_video:
-                run_video(Video(source.path, args.start, args.end), outputs)
-            else:
+            if source.kind == "photo":
                 record = label_photo(source.path, outputs["copy"], kit)
-                faces = record["faces"]
-                rows += [[source.path, i, *face_cells(face)] for i, face in enumerate(faces, start=1)]
-                if not faces:
-                    tqdm.write(f"{source.path}: no face found", file=sys.stderr)
-                for line in (
-                    [json.dumps(record)] if args.json else [text_line(source.path, face) for face in faces]
-                ):
-                    tqdm.write(line)
+                tell(record)
+                found, lost = record["faces"], []
+                rows += [[source.path, i, *face_cells(face)] for i, face in enumerate(found, start=1)]
+                lines = [text_line(source.path, face) for face in found]
+            else:
+                kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
+                with closing(kind(name, args.start, args.end)) as video:
+                    summary = label_video(video, outputs, kit, pace, tell, window)
+                found, lost, lines = summary.tracks, video.lost, [summary.text_line(source.path)]
+            for line in lines if not args.json else ():
+                tqdm.write(line)
+            if not found:
+                tqdm.write(f"{source.path}: no face found", file=sys.stderr)
+            if lost:
+                raise ValueError(f"{source.path}: {'; '.join(lost)}; the rest is labelled")
         except (ValueError, OSError) as error:  # the others are still worth labelling
             tqdm.write(f"error: {error}", file=sys.stderr)
             num_failed += 1
@@ -1266,8 +1246,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.csv:
         with replacing(args.csv) as temporary, open_table(temporary) as file:
             csv.writer(file).writerows(rows)
-    if num_finished:
-        print(f"{num_finished} finished before; --overwrite does them again", file=sys.stderr)
     if num_failed:
         sys.exit(1)
 
