@@ -366,12 +366,16 @@ class Sighting(NamedTuple):
     landmarks: np.ndarray
 
 
-def match_boxes(boxes: np.ndarray, others: np.ndarray) -> dict[int, int]:
-    """Pair boxes (N, 4) with others (M, 4), the best IoU first, none below MIN_IOU; return index to index."""
+def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes (N, 4) with others (M, 4): (N, M)."""
     areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(1) for part in (boxes, others))
     common = overlaps(boxes, others)
-    ious = common / (areas[:, None] + other_areas - common)
-    pairs = {}
+    return common / (areas[:, None] + other_areas - common)
+
+
+def match_boxes(boxes: np.ndarray, others: np.ndarray) -> dict[int, int]:
+    """Pair boxes (N, 4) with others (M, 4), the best IoU first, none below MIN_IOU; return index to index."""
+    ious, pairs = box_ious(boxes, others), {}
     while ious.size and ious.max() >= MIN_IOU:
         i, j = map(int, np.unravel_index(ious.argmax(), ious.shape))
         pairs[i] = j
@@ -412,23 +416,25 @@ class Tracker:
             found: all its faces if it was searched; they start tracks. A known face that is not among them is
                 looked for where it should be, with the cascade's last stage alone.
         """
-        expected = (
-            np.array([track.expected(time) for track in self._tracks]).reshape(-1, 4).astype(np.float32)
-        )
+        image_box = np.array([(0, 0, *image.size)], np.float32)
+        expected = np.array([track.expected(time) for track in self._tracks], np.float32).reshape(-1, 4)
         pairs = match_boxes(expected, found.boxes) if found else {}
         seen = [Sighting(self._tracks[i], *(part[j] for part in found)) for i, j in pairs.items()]
-        inside = overlaps(expected, np.array([(0, 0, *image.size)]))[:, 0] > 0
-        missed = [i for i in range(len(expected)) if i not in pairs and inside[i]]
-        refined = self._finder.refine(image, expected[missed])
-        still_there = match_boxes(expected[missed], refined.boxes)
-        for i, track in enumerate(self._tracks[j] for j in missed):
-            if still_there.get(i) == i and refined.probs[i] >= min(KEEP_PROB, self._finder.min_prob):
-                seen.append(Sighting(track, *(part[i] for part in refined)))
-        seen.sort(key=lambda sighting: sighting.track.number)
-        for face in zip(*found, strict=True) if found else ():
-            if not any(face[0] is found.boxes[j] for j in pairs.values()):
-                seen.append(Sighting(Track(face[0], time), *face))
 
+        missed = [
+            i for i in range(len(expected)) if i not in pairs and overlaps(expected[[i]], image_box) > 0
+        ]
+        refined = self._finder.refine(image, expected[missed])
+        is_face = refined.probs >= min(KEEP_PROB, self._finder.min_prob)
+        is_face &= box_ious(expected[missed], refined.boxes).diagonal() >= MIN_IOU
+        is_face &= overlaps(refined.boxes, image_box)[:, 0] > 0
+        seen += [
+            Sighting(self._tracks[missed[i]], *(part[i] for part in refined)) for i in np.flatnonzero(is_face)
+        ]
+        seen.sort(key=lambda sighting: sighting.track.number)
+
+        for j in sorted(set(range(len(found.boxes) if found else 0)) - set(pairs.values())):
+            seen.append(Sighting(Track(found.boxes[j], time), *(part[j] for part in found)))
         kept = drop_repeats(seen)
         for sighting in kept:
             sighting.track.move(sighting.box, time)
@@ -511,9 +517,7 @@ class TrackSummary:
     first: float  # s, of the first frame with it
     last: float  # s, the end of the last
     seconds: dict[str, float]  # that its label told each emotion
-    bins: (
-        np.ndarray | None
-    )  # (NUM_BINS, C), sums of its probabilities; None once it is too short for the plot
+    bins: np.ndarray | None  # (NUM_BINS, C), sums of its probabilities; None if it is too short to plot
     picture: Image.Image | None = None  # of the face where its label was surest
     picture_prob: float = 0.0
 
@@ -581,11 +585,12 @@ class Summary:
             rows.append([number, *times, top, *(round(share, 4) for share in shares.values())])
         return rows
 
-    def text_line(self, path: Path | str) -> str:
-        """Sum up a video in four columns: file, faces and seconds, top emotion, its share of the time."""
-        counts = f"{len(self.tracks)} tracks, {self.end - self.start:.1f} s"
-        shares = self.shares(*self.tracks.values()) if self.tracks else {"no face": 0}
+    def text_line(self, path: Path) -> str:
+        """Sum up a video that has faces in four columns: file, tracks and length, top emotion, its share."""
+        shares = self.shares(*self.tracks.values())
         top = max(shares, key=shares.get)
+        plural = "" if len(self.tracks) == 1 else "s"
+        counts = f"{len(self.tracks)} track{plural}, {self.end - self.start:.1f} s"
         return f"{path}\t{counts}\t{top}\t{shares[top]:.2f}"
 
     def plot(self, colors: dict[str, str], path: Path) -> None:
@@ -1231,7 +1236,8 @@ def main(argv: list[str] | None = None) -> None:
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
                     summary = label_video(video, outputs, kit, pace, tell, window)
-                found, lost, lines = summary.tracks, video.lost, [summary.text_line(source.path)]
+                found, lost = summary.tracks, video.lost
+                lines = [summary.text_line(source.path)] if found else []
             for line in lines if not args.json else ():
                 tqdm.write(line)
             if not found:

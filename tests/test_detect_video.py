@@ -1,0 +1,726 @@
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import detect_emotions
+import model as shared
+from detect_emotions import (
+    CUT,
+    NUM_BINS,
+    NUM_PICTURED,
+    Frame,
+    Summary,
+    Track,
+    Tracker,
+    Video,
+    box_ious,
+    draw_faces,
+    find_sources,
+    in_background,
+    is_cut,
+    leave_out_finished,
+    main,
+    match_boxes,
+    plan_outputs,
+    seconds,
+)
+
+SAMPLE = shared.DEFAULT_MODEL.with_name("sample.jpg")  # 960x960, four portraits
+SIZE, RATE = (320, 180), 25
+OUTPUTS = ("clip_emotions.mp4", "clip_emotions.csv", "clip_emotions_tracks.csv", "clip_emotions_timeline.png")
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    """A portrait of one happy face."""
+    with Image.open(SAMPLE) as image:
+        return image.crop((0, 0, 440, 480)).resize((165, 180))
+
+
+@pytest.fixture(scope="module")
+def moving(astronaut):
+    """Give frames in which the portrait moves to the right."""
+
+    def moving(num_frames, size=SIZE, step=2):
+        for i in range(num_frames):
+            image = Image.new("RGB", size, "gray")
+            image.paste(astronaut, (i * step, 0))
+            yield image
+
+    return moving
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the script and return its exit code, stdout and stderr."""
+
+    def run(*args):
+        code, message = 0, ""
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err + message
+
+    return run
+
+
+def write_video(
+    path,
+    images,
+    *,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    time_base=Fraction(1, RATE),
+    times=None,
+    rotation=0,
+    sound=None,
+    options=None,
+):
+    """Write images as a video, by default one each tick of `time_base`, and a tone as its sound."""
+    with av.open(str(path), "w", options=options or {}) as output:
+        stream = output.add_stream(codec, rate=RATE)
+        stream.pix_fmt, stream.codec_context.time_base = pix_fmt, time_base
+        tone = output.add_stream(sound, rate=44100, layout="mono") if sound else None
+        num_frames = 0
+        for i, image in enumerate(images):
+            if not i:
+                stream.width, stream.height = image.size
+                if rotation:
+                    stream.set_display_rotation(rotation)
+            frame = av.VideoFrame.from_image(image)
+            frame.pts, frame.time_base = times[i] if times else i, time_base
+            output.mux(stream.encode(frame))
+            num_frames += 1
+        output.mux(stream.encode(None))
+        if tone:
+            wave = np.sin(np.arange(44100 * num_frames // RATE) / 10).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(wave, "fltp", "mono")
+            frame.sample_rate, frame.pts = 44100, 0
+            fifo = av.AudioFifo()
+            fifo.write(frame)
+            resampler = av.AudioResampler(tone.format.name, "mono", 44100)
+            while part := fifo.read(tone.frame_size or 1024, partial=True):
+                for converted in resampler.resample(part):
+                    output.mux(tone.encode(converted))
+            output.mux(tone.encode(None))
+    return path
+
+
+def read_video(path):
+    """Return a video's images as arrays, its times in s, and its streams' codec names."""
+    with av.open(str(path)) as container:
+        codecs = [stream.codec_context.codec.canonical_name for stream in container.streams]
+        frames = list(container.decode(video=0))
+    return [frame.to_ndarray(format="rgb24") for frame in frames], [frame.time for frame in frames], codecs
+
+
+def read_sound(path):
+    """Return the bytes of each packet of a video's sound, and the times in s at which they begin."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(audio=0) if packet.size]
+        return [bytes(packet) for packet in packets], [
+            float(packet.pts * packet.time_base) for packet in packets
+        ]
+
+
+def read_table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- what it writes of a video ---
+
+
+def test_video_gets_a_labelled_copy_tables_and_a_plot(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", moving(25), sound="aac")
+    code, out, err = run(clip)
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", *OUTPUTS}
+    name, counts, emotion, share = out.rstrip().split("\t")
+    assert (name, counts, emotion) == (str(clip), "1 track, 1.0 s", "happy")
+    assert float(share) > 0.5
+
+    before, times, _ = read_video(clip)
+    after, times_after, codecs = read_video(tmp_path / "clip_emotions.mp4")
+    assert codecs == ["h264", "aac"]
+    assert times_after == pytest.approx(times)
+    rows = read_table(tmp_path / "clip_emotions.csv")
+    assert [(int(row["frame"]), row["track"]) for row in rows] == [(i, "1") for i in range(25)]
+    np.testing.assert_allclose([float(row["time"]) for row in rows], times, atol=1e-4)
+    for i, row in enumerate(rows):
+        x0, y0, x1, y1 = (float(row[name]) for name in ("x0", "y0", "x1", "y1"))
+        marked = np.array([(58 + 2 * i, 56, 124 + 2 * i, 125)])  # by hand; 2 pixels further each frame
+        assert box_ious(np.array([(x0, y0, x1, y1)]), marked) > 0.6  # they differ in the forehead's share
+        changed = np.abs(after[i].astype(int) - before[i]).max(2) > 60
+        assert changed[round(y0) : round(y1), round(x0) - 4 : round(x0) + 5].any(1).mean() > 0.8  # the box
+        assert changed[:, round(x1) + 60 :].sum() == 0
+        probs = [float(row[f"prob_{name}"]) for name in shared.EMOTIONS]
+        assert sum(probs) == pytest.approx(1, abs=0.001)
+        assert float(row["prob"]) == probs[shared.EMOTIONS.index(row["emotion"])]
+
+    (track,) = read_table(tmp_path / "clip_emotions_tracks.csv")
+    assert {key: track[key] for key in ("track", "first", "last", "seconds", "emotion")} == {
+        "track": "1",
+        "first": "0.0",
+        "last": "1.0",
+        "seconds": "1.0",
+        "emotion": "happy",
+    }
+    assert sum(float(track[f"share_{name}"]) for name in shared.EMOTIONS) == pytest.approx(1, abs=0.001)
+    with Image.open(tmp_path / "clip_emotions_timeline.png") as plot:
+        colors = {color for count, color in plot.convert("RGB").getcolors(1 << 24) if count > 500}
+    assert (240, 228, 66) in colors  # happy
+
+
+def test_video_plays_from_its_beginning(run, moving, tmp_path):
+    run(write_video(tmp_path / "clip.mp4", moving(5)))
+    data = (tmp_path / "clip_emotions.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # a browser need not load all first
+    assert b"avc1" in data
+
+
+def test_sound_is_copied_packet_by_packet_where_it_fits(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", moving(25), sound="aac")
+    run(clip)
+    packets, times = read_sound(clip)
+    copied, copied_times = read_sound(tmp_path / "clip_emotions.mp4")
+    assert len(copied) >= len(packets) - 2  # one before the first frame, one after the last
+    first = packets.index(copied[0])
+    assert packets[first : first + len(copied)] == copied
+    assert copied_times == pytest.approx(times[first : first + len(copied)], abs=0.001)
+
+
+def test_sound_that_does_not_fit_becomes_aac(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.mov", moving(25), sound="pcm_s16le")
+    assert run(clip)[0] == 0
+    _, _, codecs = read_video(tmp_path / "clip_emotions.mp4")
+    assert codecs == ["h264", "aac"]
+    with av.open(str(tmp_path / "clip_emotions.mp4")) as container:
+        wave = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert len(wave) / 44100 == pytest.approx(1, abs=0.05)
+    crossings = np.flatnonzero(np.diff(np.sign(wave[5000:-5000])))
+    assert np.diff(crossings).mean() == pytest.approx(10 * math.pi, rel=0.01)  # the tone of `write_video`
+
+
+def test_variable_frame_rate_is_kept(run, moving, tmp_path):
+    times = [0, 10, 15, 60, 200, 203, 400]
+    clip = write_video(tmp_path / "clip.mkv", moving(7), time_base=Fraction(1, 1000), times=times)
+    assert run(clip)[0] == 0
+    _, after, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert after == pytest.approx([value / 1000 for value in times])
+    rows = read_table(tmp_path / "clip_emotions.csv")
+    assert [float(row["time"]) for row in rows] == [value / 1000 for value in times]
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_rotated_video_becomes_upright(run, moving, tmp_path, rotation):
+    upright = list(moving(3))
+    stored = [image.rotate(-rotation, expand=True) for image in upright]
+    clip = write_video(tmp_path / "clip.mp4", stored, rotation=rotation)
+    assert run(clip)[0] == 0
+    after, _, _ = read_video(tmp_path / "clip_emotions.mp4")
+    with av.open(str(tmp_path / "clip_emotions.mp4")) as container:
+        assert next(container.decode(video=0)).rotation == 0
+    assert after[0].shape == (SIZE[1], SIZE[0], 3)
+    assert np.median(np.abs(after[0].astype(int) - np.asarray(upright[0]))) < 4
+    assert len(read_table(tmp_path / "clip_emotions.csv")) == 3
+
+
+def test_odd_sides_grow_by_one_pixel(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.avi", moving(3, (321, 181)), codec="ffv1", pix_fmt="bgr0")
+    assert run(clip)[0] == 0
+    after, _, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert after[0].shape == (182, 322, 3)
+    original = np.asarray(next(moving(1, (321, 181)))).astype(int)
+    assert np.median(np.abs(after[0][:181, :321] - original)) < 4
+    assert np.abs(after[0][:, 321].astype(int) - after[0][:, 320]).max() < 12
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuvj420p", "yuv444p10le"])
+def test_colors_are_kept(run, tmp_path, pix_fmt):
+    bars = Image.new("RGB", SIZE)
+    for i, color in enumerate(("white", "red", "lime", "blue", "gray", "black", "orange", "purple")):
+        ImageDraw.Draw(bars).rectangle((40 * i, 0, 40 * i + 39, 180), color)
+    run(write_video(tmp_path / "clip.mp4", [bars] * 2, pix_fmt=pix_fmt))
+    before, _, _ = read_video(tmp_path / "clip.mp4")
+    after, _, _ = read_video(tmp_path / "clip_emotions.mp4")
+    centers = slice(20, None, 40)
+    np.testing.assert_allclose(after[0][90, centers].astype(int), before[0][90, centers], atol=8)
+
+
+def test_start_and_end_cut_picture_and_sound(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", moving(50), sound="aac")
+    assert run(clip, "--start", "0:00:00.5", "--end", 1.5)[0] == 0
+    after, times, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert (len(after), times[0], times[-1]) == (25, 0, pytest.approx(0.96))
+    _, sound = read_sound(tmp_path / "clip_emotions.mp4")
+    assert (sound[0], sound[-1]) == (pytest.approx(0, abs=0.03), pytest.approx(1, abs=0.03))
+    rows = read_table(tmp_path / "clip_emotions.csv")
+    assert [float(rows[i]["time"]) for i in (0, -1)] == [0.52, 1.48]  # the frame at 0.5 began at 0.48
+    assert [int(row["frame"]) for row in rows] == list(range(25))
+    assert run(clip, "--start", 100)[0] == 1
+
+
+@pytest.mark.parametrize(("text", "value"), [("7", 7), ("1.25", 1.25), ("2:03", 123), ("1:00:01.5", 3601.5)])
+def test_seconds_reads_clock_times(text, value):
+    assert seconds(text) == value
+
+
+def test_no_video_writes_only_the_data(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", moving(3))
+    assert run(clip, "--no-video", "--out-dir", tmp_path / "out")[0] == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(OUTPUTS[1:])
+
+
+def test_json_has_an_object_for_each_frame_in_the_schema_of_photos(run, moving, tmp_path):
+    images = [*moving(3), *[Image.new("RGB", SIZE)] * 2]
+    images[0].save(tmp_path / "photo.png")
+    clip = write_video(tmp_path / "clip.mp4", images)
+    code, out, err = run("--json", tmp_path / "photo.png", clip)
+    photo, *frames = map(json.loads, out.splitlines())
+    assert (code, err, len(frames)) == (0, "", 5)
+    for i, record in enumerate(frames):
+        assert set(record) == set(photo) | {"frame", "time"}
+        assert (record["file"], record["frame"], record["time"]) == (str(clip), i, i / RATE)
+        assert (record["width"], record["height"]) == SIZE
+        assert len(record["faces"]) == (i < 3)
+        for face in record["faces"]:
+            assert set(face) == set(photo["faces"][0]) | {"track"}
+
+
+def test_video_without_a_face_is_a_result(run, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", [Image.new("RGB", SIZE)] * 5)
+    assert run(clip) == (0, "", f"{clip}: no face found\n")
+    assert read_table(tmp_path / "clip_emotions_tracks.csv") == []
+    assert len(read_video(tmp_path / "clip_emotions.mp4")[0]) == 5
+
+
+# --- what goes wrong ---
+
+
+def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    whole = real_data / "video" / "single_face.mp4"
+    with av.open(str(whole)) as source, av.open(str(clip), "w", options={"movflags": "faststart"}) as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                output.mux(packet)
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    code, out, err = run(clip)
+    assert code == 1
+    assert out.startswith(f"{clip}\t1 track, ")
+    assert err.startswith(f"error: {clip}: ")
+    assert "of 2.4 s" in err
+    assert len(err.splitlines()) == 1
+    assert 10 < len(read_video(tmp_path / "clip_emotions.mp4")[0]) < 62
+
+
+def test_bad_videos_do_not_lose_the_good_one(run, moving, tmp_path):
+    good = write_video(tmp_path / "clip.mp4", moving(3))
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:1500])  # without its index
+    (tmp_path / "empty.mkv").touch()
+    code, out, err = run(tmp_path)
+    assert code == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(good)]
+    assert len(err.splitlines()) == 3
+    for name in ("text.mp4", "cut.mp4", "empty.mkv"):
+        assert f"error: {tmp_path / name} is not a video that can be read: " in err
+    bad = {"text.mp4", "cut.mp4", "empty.mkv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"clip.mp4", *OUTPUTS} | bad
+
+
+def test_sound_without_picture_is_one_line(run, tmp_path):
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("aac", rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate, frame.pts = 44100, 0
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    code, out, err = run(path)
+    assert (code, out) == (1, "")
+    assert err == f"error: {path} has no picture, only sound; name a video\n"
+
+
+def test_interrupt_leaves_no_half_output(moving, tmp_path):
+    write_video(tmp_path / "a.mp4", moving(3))
+    write_video(tmp_path / "b.mp4", moving(1500, step=0))
+    command = [sys.executable, detect_emotions.__file__, tmp_path, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(20):  # well into the second
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "interrupted\n")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a.mp4", "b.mp4", *(name.replace("clip", "a") for name in OUTPUTS)}
+
+
+# --- folders and patterns ---
+
+
+@pytest.fixture
+def album(astronaut, moving, tmp_path):
+    """A folder with a photo, a video, a text, and another photo in a subfolder."""
+    folder = tmp_path / "album"
+    (folder / "deeper").mkdir(parents=True)
+    astronaut.save(folder / "photo.png")
+    astronaut.save(folder / "deeper" / "photo.png")
+    (folder / "notes.txt").write_text("not for this")
+    write_video(folder / "clip.mp4", moving(3))
+    return folder
+
+
+def test_folder_is_labelled_once(run, album):
+    def printed(*args):
+        code, out, err = run(album, *args)
+        assert code == 0
+        return [Path(line.split("\t")[0]).name for line in out.splitlines()], err
+
+    assert printed() == (["clip.mp4", "photo.png"], "")
+    made = {path: path.stat().st_mtime_ns for path in album.iterdir()}
+    assert len(made) == 4 + len(OUTPUTS) + 1
+    assert printed() == ([], "2 were finished before; --overwrite does them again\n")
+    assert {path: path.stat().st_mtime_ns for path in album.iterdir()} == made
+    (album / "clip_emotions_tracks.csv").unlink()
+    assert printed()[0] == ["clip.mp4"]
+    os.utime(album / "photo.png", (time.time() + 9, time.time() + 9))  # changed since
+    assert printed()[0] == ["photo.png"]
+    assert printed("--overwrite")[0] == ["clip.mp4", "photo.png"]
+
+
+def test_recursive_looks_into_subfolders_and_returns_them(run, album, tmp_path):
+    assert run(album, "--recursive", "--out-dir", tmp_path / "out")[0] == 0
+    out = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert out == {"photo_emotions.png", "deeper/photo_emotions.png", *OUTPUTS}
+
+
+def test_patterns_find_files_where_the_shell_does_not(album):
+    def found(pattern):
+        return [
+            str(source.path.relative_to(album))
+            for source in find_sources([str(album / pattern)], False, None)
+        ]
+
+    (album / "photo_emotions.png").touch()
+    (album / "clip_emotions_timeline.png").touch()
+    assert found("*.png") == ["photo.png"]
+    assert found("**/p*.png") == ["deeper/photo.png", "photo.png"]
+    assert found("*") == ["clip.mp4", "photo.png"]
+    with pytest.raises(ValueError, match="has no photos or videos"):
+        found("*.jpg")
+
+
+def test_a_named_file_is_done_again(album):
+    for name in ("photo_emotions.png",):
+        shutil.copy(album / "photo.png", album / name)
+    for inputs, left in (([album / "photo.png"], 1), ([album], 1), ([album, album / "photo.png"], 2)):
+        plan = plan_outputs(find_sources(list(map(str, inputs)), False, None), True, None)
+        assert len(leave_out_finished(plan)) == left
+
+
+def test_json_of_a_folder_tells_of_all(run, album):
+    assert run(album)[0] == 0
+    assert len(run(album, "--json")[1].splitlines()) == 1 + 3
+
+
+# --- tracks ---
+
+
+def box_at(x, y, side=40):
+    return np.array([x, y, x + side, y + side], np.float32)
+
+
+class FixedFinder:
+    """Stands for the cascade where a test says what it sees."""
+
+    min_prob = 0.9
+
+    def __init__(self):
+        self.refined = []
+
+    def refine(self, image, boxes):
+        self.refined.append(len(boxes))
+        gone = np.array([box[0] > 200 for box in boxes], bool)
+        return faces_at(*boxes, probs=np.where(gone, 0.1, 0.99))
+
+
+def faces_at(*boxes, probs=None):
+    probs = np.full(len(boxes), 0.99) if probs is None else probs
+    return shared.Faces(np.array(boxes, np.float32).reshape(-1, 4), probs, np.zeros((len(boxes), 5, 2)))
+
+
+@pytest.fixture
+def follow():
+    """Follow faces through frames a tenth of a second apart; return the track numbers in each frame."""
+
+    def follow(*founds):
+        tracker, image = Tracker(FixedFinder()), Image.new("RGB", (640, 360))
+        return [
+            [sighting.track.number for sighting in tracker.follow(image, i / 10, found)]
+            for i, found in enumerate(founds)
+        ]
+
+    return follow
+
+
+def test_tracks_keep_their_numbers_whatever_the_order(follow):
+    left, right = box_at(10, 10), box_at(100, 10)
+    assert follow(faces_at(left, right), faces_at(right, left), None, faces_at(left)) == [[1, 2]] * 4
+
+
+def test_track_survives_a_short_loss_and_not_a_long_one(follow):
+    face, nobody = faces_at(box_at(300, 10)), faces_at()  # `FixedFinder` sees no face there
+    assert follow(face, nobody, nobody, nobody, face) == [[1], [], [], [], [1]]
+    assert follow(face, *[nobody] * 6, face) == [[1], *[[]] * 6, [2]]
+
+
+def test_track_follows_a_steady_motion_through_a_loss(follow):
+    moving = [faces_at(box_at(210 + 15 * i, 10)) for i in range(9)]
+    assert follow(*moving[:5], faces_at(), faces_at(), faces_at(), moving[8])[-1] == [1]
+
+
+def test_two_tracks_of_one_face_become_one(follow):
+    apart = faces_at(box_at(10, 10), box_at(60, 10))
+    together = faces_at(box_at(32, 10), box_at(36, 10))
+    numbers = follow(apart, faces_at(box_at(24, 10), box_at(48, 10)), together, None)
+    assert numbers == [[1, 2], [1, 2], [1], [1]]
+
+
+def test_face_that_leaves_the_image_ends(follow):
+    leaving = [faces_at(box_at(100 - 60 * i, 10)) for i in range(3)]
+    assert follow(*leaving, None, None)[2:] == [[1], [], []]
+
+
+def test_match_boxes_pairs_the_best_first():
+    boxes = np.array([box_at(0, 0), box_at(20, 0)])
+    assert match_boxes(boxes, np.array([box_at(8, 0)])) == {0: 0}
+    assert match_boxes(boxes, np.array([box_at(18, 0), box_at(2, 0)])) == {0: 1, 1: 0}
+    assert match_boxes(boxes, np.array([box_at(300, 0)])) == {}
+    assert match_boxes(np.empty((0, 4)), boxes) == {}
+
+
+def test_search_comes_with_each_cut_and_in_time(run, astronaut, moving, tmp_path, monkeypatch):
+    searched = []
+    find_all = shared.FaceFinder.find_all
+
+    def spy(finder, images):
+        searched.extend(np.asarray(image)[100, 310].tolist() for image in images)
+        return find_all(finder, images)
+
+    monkeypatch.setattr(shared.FaceFinder, "find_all", spy)
+    other = Image.new("RGB", SIZE, (200, 250, 200))
+    other.paste(astronaut, (100, 0))
+    images = [*moving(10, step=0), *[other] * 10]
+    clip = write_video(tmp_path / "clip.mp4", images)
+    assert run(clip, "--no-video", "--search-every", 0.2)[0] == 0
+    assert [color[1] > 200 for color in searched] == [False, False, True, True]  # frames 0, 5, 10, 15
+    tracks = [row["track"] for row in read_table(tmp_path / "clip_emotions.csv")]
+    assert tracks == ["1"] * 10 + ["2"] * 10  # a cut ends all tracks
+    searched.clear()
+    assert run(clip, "--no-video", "--search-every", 0)[0] == 0
+    assert len(searched) == 20
+
+
+def test_cut_is_told_from_motion(real_data):
+    previous, ends = None, []
+    for name in ("single_face", "no_face", "fer_woman2"):
+        frames = Video(real_data / "video" / f"{name}.mp4", 0, 2).frames()
+        thumbnails = [np.asarray(f.image.resize((32, 18), 0).convert("L"), float) for f in frames]
+        assert not any(map(is_cut, thumbnails[1:], thumbnails))
+        if previous is not None:
+            ends.append(is_cut(thumbnails[0], previous))
+        previous = thumbnails[-1]
+    assert ends == [True, True]
+    assert CUT < 57
+
+
+def test_refined_boxes_stay_on_the_face(run, real_data, tmp_path):
+    boxes = {}
+    for search_every in (0, 99):
+        out_dir = tmp_path / str(search_every)
+        clip = real_data / "video" / "single_face.mp4"
+        run(clip, "--no-video", "--out-dir", out_dir, "--search-every", search_every, "--every", 99)
+        rows = read_table(out_dir / "single_face_emotions.csv")
+        boxes[search_every] = np.array(
+            [[float(row[key]) for key in ("x0", "y0", "x1", "y1")] for row in rows]
+        )
+    searched, refined = boxes[0], boxes[99]  # the latter after one search in 72 frames
+    assert len(searched) == len(refined) == 72
+    ious = box_ious(searched, refined).diagonal()
+    assert np.median(ious) > 0.9
+    assert min(ious[-10:]) > 0.8
+
+
+# --- smoothing and drawing ---
+
+
+def test_smoothing_follows_its_time_constant():
+    sad, happy = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    for step in (0.1, 0.05):  # however often it is read
+        track = Track(box_at(0, 0), 0.0)
+        track.read(sad, 0.0, 0.5)
+        for i in range(1, round(0.5 / step) + 1):
+            track.read(happy, i * step, 0.5)
+        assert track.probs[0] == pytest.approx(math.exp(-1))
+    track.read(sad, 1.0, 0)
+    assert track.probs.tolist() == sad.tolist()
+
+
+def test_label_changes_only_when_another_emotion_clearly_leads():
+    def labels(smooth):
+        track, seen = Track(box_at(0, 0), 0.0), []
+        for i in range(20):
+            track.read(np.array([0.5, 0.5]) + (0.04, -0.04) * np.array((-1) ** i), i / 10, smooth)
+            seen.append(track.emotion)
+        return seen
+
+    assert labels(0.5) == [0] * 20
+    assert labels(0) == [0, 1] * 10
+
+
+def test_drawn_label_stands_still_when_the_face_does():
+    rng = np.random.default_rng(0)
+    wall, drawn, pictures = Image.new("RGB", (320, 180)), {}, []
+    for _ in range(30):
+        box = (np.array([100, 60, 160, 130]) + rng.uniform(-1, 1, 4)).tolist()
+        face = {"track": 1, "box": box, "emotion": "happy", "prob": 0.8 + rng.uniform(-0.02, 0.02)}
+        pictures.append(np.asarray(draw_faces(wall, [face], {"happy": "#F0E442"}, None, drawn)))
+    changes = [(after != before).any() for before, after in itertools.pairwise(pictures)]
+    assert sum(changes) <= 3
+
+
+def test_drawn_box_follows_a_face_that_moves():
+    drawn = {}
+    for x in range(0, 100, 10):
+        face = {"track": 1, "box": [x, 60, x + 60, 130], "emotion": "happy", "prob": 0.8}
+        draw_faces(Image.new("RGB", (320, 180)), [face], {"happy": "#F0E442"}, None, drawn)
+        assert abs(drawn[1].box[0] - x) <= 0.04 * 70 + 1e-9
+
+
+def test_label_keeps_its_place_until_another_is_much_better():
+    def place(box, drawn):
+        face = {"track": 1, "box": box, "emotion": "happy", "prob": 0.8}
+        draw_faces(Image.new("RGB", (320, 180)), [face], {"happy": "#F0E442"}, None, drawn)
+        return drawn[1].place
+
+    drawn = {}
+    below = place([100, 5, 160, 75], drawn)
+    assert place([100, 25, 160, 95], drawn) == below  # alone it would stand above
+    assert place([100, 25, 160, 95], {}) != below
+    assert place([100, 100, 160, 175], drawn) != below  # there is no room below any more
+
+
+# --- summary ---
+
+
+def frame_at(seconds, duration=0.1):
+    return Frame(
+        0, Fraction(seconds).limit_denominator(1000), Fraction(duration).limit_denominator(1000), WALL
+    )
+
+
+WALL = Image.new("RGB", SIZE)
+
+
+def face_of(track, emotion="happy", prob=0.8):
+    probs = dict.fromkeys(shared.EMOTIONS, (1 - prob) / 4) | {emotion: prob}
+    return {"track": track, "box": [10.0, 10.0, 60.0, 70.0], "emotion": emotion, "prob": prob, "probs": probs}
+
+
+def test_summary_counts_the_seconds_of_each_emotion():
+    summary = Summary(shared.EMOTIONS)
+    for i in range(10):
+        summary.add(
+            frame_at(i / 10), [face_of(1, "happy" if i < 6 else "sad")] + [face_of(2, "angry")] * (i > 7)
+        )
+    header, first, second = summary.rows()
+    assert header[:5] == ["track", "first", "last", "seconds", "emotion"]
+    assert first[:5] == [1, 0, 1, 1, "happy"]
+    assert dict(zip(header[5:], first[5:], strict=True)) == {
+        "share_angry": 0,
+        "share_disgusted": 0,
+        "share_happy": 0.6,
+        "share_sad": 0.4,
+        "share_surprised": 0,
+    }
+    assert second[:5] == [2, 0.8, 1, 0.2, "angry"]
+    assert summary.text_line(Path("x.mp4")) == "x.mp4\t2 tracks, 1.0 s\thappy\t0.50"
+
+
+def test_summary_keeps_means_when_its_bins_double():
+    summary = Summary(shared.EMOTIONS)
+    for i in range(10 * NUM_BINS):
+        summary.add(frame_at(i / 10), [face_of(1, prob=0.9 if i < 5 * NUM_BINS else 0.3)])
+    ((times, means),) = summary._runs(summary.tracks[1].bins)
+    assert times[-1] == pytest.approx(NUM_BINS)
+    assert len(times) <= NUM_BINS + 1
+    assert means[times < NUM_BINS / 2 - 4, 2] == pytest.approx(0.9)
+    assert means[times > NUM_BINS / 2 + 4, 2] == pytest.approx(0.3)
+
+
+def test_summary_keeps_pictures_of_the_longest_tracks_only():
+    summary = Summary(shared.EMOTIONS)
+    number = 0
+    for track in range(1, 3 * NUM_PICTURED):
+        for _ in range(1 + track % 7):
+            summary.add(frame_at(number / 10), [face_of(track)])
+            number += 1
+    kept = [track for track in summary.tracks.values() if track.bins is not None]
+    assert len(kept) == NUM_PICTURED
+    assert len(summary.rows()) == 3 * NUM_PICTURED
+    assert min(sum(track.seconds.values()) for track in kept[:-1]) >= 0.5
+
+
+def test_timeline_has_a_gap_where_the_face_was_away(tmp_path):
+    summary = Summary(shared.EMOTIONS)
+    for i in range(30):
+        summary.add(frame_at(i / 10), [face_of(1)] * (i < 10 or i >= 20))
+    runs = [(times[0], times[-1]) for times, _ in summary._runs(summary.tracks[1].bins)]
+    np.testing.assert_allclose(runs, [(0, 1), (2, 3)], atol=0.01)
+
+
+# --- threads ---
+
+
+def test_in_background_keeps_order_and_is_never_far_ahead():
+    made = []
+
+    def make():
+        for i in range(20):
+            made.append(i)
+            yield i
+
+    for i, item in enumerate(in_background(make(), 3)):
+        assert item == i
+        assert len(made) <= i + 1 + 3 + 1
+
+
+def test_in_background_passes_errors_on():
+    def fail():
+        yield 1
+        raise ValueError("told")
+
+    items = in_background(fail(), 2)
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="told"):
+        next(items)
