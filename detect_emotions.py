@@ -95,7 +95,7 @@ CUT, THUMBNAIL = 25, (32, 18)
 # and 621 kB, faster 5.8 and 653 kB, medium 9.4 and 666 kB; PSNR at this crf 44.1, 42.8, 44.0, 44.4 dB.
 ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
 COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
-NUM_BINS, BIN_WIDTH = 600, 0.1  # of a timeline; s, doubled when the video is longer than all bins
+NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
 NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose bins and picture are kept to choose from
 PICTURE_SIZE = 64  # pixels, of a face beside its timeline
 
@@ -528,32 +528,33 @@ class Summary:
     def __init__(self, classes: Sequence[str]):
         self.classes = classes
         self.tracks: dict[int, TrackSummary] = {}
-        self.start: float | None = None  # s
-        self.end = 0.0  # s
+        self.start: Fraction | None = None  # s, of the first frame
+        self.end = Fraction(0)  # s, when the last frame ends
         self.bin_width = BIN_WIDTH  # s
 
     def add(self, frame: Frame, faces: Sequence[dict]) -> None:
         """Take in a frame with its faces."""
-        now, duration = float(frame.time), float(frame.duration)
         if self.start is None:
-            self.start = now
-        self.end = now + duration
-        while (number := int((now - self.start) / self.bin_width)) >= NUM_BINS:
+            self.start = frame.time
+        self.end = frame.time + frame.duration
+        while (number := int((frame.time - self.start) / self.bin_width)) >= NUM_BINS:
             self._double_bins()
         for face in faces:
             if face["track"] not in self.tracks:
                 nothing = dict.fromkeys(self.classes, 0.0)
                 bins = np.zeros((NUM_BINS, len(self.classes)))
-                self.tracks[face["track"]] = TrackSummary(now, now, nothing, bins)
+                self.tracks[face["track"]] = TrackSummary(float(frame.time), 0, nothing, bins)
             track = self.tracks[face["track"]]
-            track.last = self.end
-            track.seconds[face["emotion"]] += duration
+            track.last = float(self.end)
+            track.seconds[face["emotion"]] += float(frame.duration)
             if track.bins is not None:
                 track.bins[number] += list(face["probs"].values())
                 self._picture(track, frame.image, face)
         pictured = [track for track in self.tracks.values() if track.bins is not None]
         if len(pictured) > NUM_PICTURED:
-            shortest = min(pictured, key=lambda track: (track.last == self.end, sum(track.seconds.values())))
+            shortest = min(
+                pictured, key=lambda track: (track.last == float(self.end), sum(track.seconds.values()))
+            )
             shortest.bins = shortest.picture = None
 
     def _double_bins(self) -> None:
@@ -590,7 +591,7 @@ class Summary:
         shares = self.shares(*self.tracks.values())
         top = max(shares, key=shares.get)
         plural = "" if len(self.tracks) == 1 else "s"
-        counts = f"{len(self.tracks)} track{plural}, {self.end - self.start:.1f} s"
+        counts = f"{len(self.tracks)} track{plural}, {float(self.end - self.start):.1f} s"
         return f"{path}\t{counts}\t{top}\t{shares[top]:.2f}"
 
     def plot(self, colors: dict[str, str], path: Path) -> None:
@@ -612,7 +613,7 @@ class Summary:
             right.set_title(title, loc="left", fontsize=9)
         for left, right in axes:
             left.axis("off")
-            right.set(xlim=(self.start, self.end), ylim=(0, 1), yticks=(0, 0.5, 1))
+            right.set(xlim=(float(self.start), float(self.end)), ylim=(0, 1), yticks=(0, 0.5, 1))
             right.tick_params(labelbottom=right is axes[-1, 1])
         axes[-1, 1].set_xlabel("time, s")
         if not shown:
@@ -626,11 +627,12 @@ class Summary:
     def _runs(self, bins: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cut a track's bins where it is out of sight; yield bin edges (T + 1,) and mean probs (T + 1, C)."""
         seen = np.flatnonzero(bins.sum(1))
-        gaps = np.flatnonzero(np.diff(seen) * self.bin_width > LOST_AFTER + self.bin_width) + 1
+        width = float(self.bin_width)
+        gaps = np.flatnonzero(np.diff(seen) * width > LOST_AFTER + width) + 1
         for run in np.split(seen, gaps):
-            edges = self.start + np.append(run, run[-1] + 1) * self.bin_width
+            edges = float(self.start) + np.append(run, run[-1] + 1) * width
             means = bins[run] / bins[run].sum(1, keepdims=True)
-            yield edges.clip(None, self.end), np.vstack([means, means[-1]])
+            yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
 
 
 # --- reading and writing videos ---
