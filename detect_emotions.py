@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,7 +40,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, TextIO
 
-import av
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -638,6 +637,19 @@ class Summary:
 # --- reading and writing videos ---
 
 
+def load_av() -> ModuleType:
+    """Import PyAV, which photos do not need, after OpenCV.
+
+    In the other order OpenCV's windows hang on Linux, for both bring their own libxcb along
+    (https://github.com/PyAV-Org/PyAV/issues/978).
+    """
+    with suppress(ValueError):
+        load_opencv()
+    import av  # noqa: PLC0415
+
+    return av
+
+
 def in_background(items: Iterator, ahead: int) -> Iterator:
     """Let a thread of its own run an iterator, up to `ahead` items ahead of the reader."""
     end = object()
@@ -677,6 +689,7 @@ class Video:
             ValueError: it is not a video that FFmpeg can read.
         """
         self.name, self.path, self.start, self.end, self.lost = str(path), path, start, end, []
+        av = load_av()
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError) as error:
@@ -724,8 +737,9 @@ class Video:
         if self._length and ends < self._length - MISSED:
             self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
 
-    def _pictures(self) -> Iterator[av.VideoFrame]:
+    def _pictures(self) -> Iterator:
         """Decode all pictures that can be."""
+        av = load_av()
         num_damaged, packets, packet = 0, self._container.demux(self._stream), True
         while packet:
             try:
@@ -790,11 +804,12 @@ def camera_name(device: str) -> str:
     return "camera" + re.sub(r"\W+", "_", device)
 
 
-def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
-    """Add a video's sound to an MP4 file that is still empty; return its packets from `start` on, s.
+def add_sound(path: Path, output: object, start: Fraction) -> Iterator:
+    """Add a video's sound to PyAV's still empty `output`; return the packets from `start` on, s.
 
     They are copied as they are where browsers can play them, else made AAC. A damaged rest is left out.
     """
+    av = load_av()
     container = av.open(str(path), metadata_errors="ignore")
     source = container.streams.best("audio")
     if source is None:
@@ -806,7 +821,7 @@ def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction)
         codec = source.codec_context
         target = output.add_stream("aac", rate=codec.sample_rate, layout=codec.layout)
 
-    def packets() -> Iterator[av.Packet]:
+    def packets() -> Iterator:
         if start:
             container.seek(round(start * av.time_base))
         with suppress(av.error.FFmpegError):
@@ -834,6 +849,7 @@ class VideoWriter:
         H.264 for browsers has even sides only: an odd one grows by a copy of its last row or column.
         """
         self._start, self._time_base, self._colors = first.time, source.time_base, source.colors
+        av = load_av()
         self._output = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
         self._stream = self._output.add_stream("libx264", rate=source.rate, options=ENCODER_OPTIONS)
         self._odd = [(0, side % 2) for side in first.image.size[::-1]]
@@ -849,6 +865,7 @@ class VideoWriter:
 
     def write(self, frame: Frame, image: Image.Image) -> None:
         """Add a frame's labelled image and the sound until its end."""
+        av = load_av()
         picture = av.VideoFrame.from_image(image)
         if any(after for _, after in self._odd):
             picture = av.VideoFrame.from_ndarray(np.pad(np.asarray(image), [*self._odd, (0, 0)], "edge"))
@@ -901,7 +918,7 @@ class Window:
         if sys.platform == "linux" and not has_screen:  # Qt would end the process
             raise ValueError("there is no screen for the live window; go without --show, see --help")
         try:
-            self._cv2.namedWindow(name)
+            self._cv2.namedWindow(name, self._cv2.WINDOW_AUTOSIZE | self._cv2.WINDOW_GUI_NORMAL)
         except self._cv2.error:
             raise ValueError("this OpenCV has no windows; pip install opencv-python, not -headless") from None
 
@@ -935,10 +952,32 @@ def face_cells(face: dict) -> list:
     return [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values(), *points]
 
 
-def text_line(path: Path, face: dict) -> str:
+def text_line(path: str, face: dict) -> str:
     """Sum up a photo's face in four columns."""
     box = ",".join(str(round(value)) for value in face["box"])
     return f"{path}\t{box}\t{face['emotion']}\t{face['prob']:.2f}"
+
+
+def tell_record(record: dict, as_json: bool) -> None:
+    """Print the record of a photo or, only as JSON, of a frame."""
+    if as_json:
+        tqdm.write(json.dumps(record))
+    elif "frame" not in record:
+        for face in record["faces"]:
+            tqdm.write(text_line(record["file"], face))
+    sys.stdout.flush()  # whoever reads a live pipe should not wait
+
+
+def tell_trouble(path: Path, found: Sized, lost: Sequence[str]) -> None:
+    """Say on stderr that no face was found.
+
+    Raises:
+        ValueError: something of the file is lost.
+    """
+    if not found:
+        tqdm.write(f"{path}: no face found", file=sys.stderr)
+    if lost:
+        raise ValueError(f"{path}: {'; '.join(lost)}; the rest is labelled")
 
 
 class Source(NamedTuple):
@@ -1050,6 +1089,12 @@ def open_table(path: Path) -> TextIO:
     return path.open("w", newline="", encoding="utf-8")
 
 
+def write_table(path: Path, rows: Iterable[Sequence]) -> None:
+    """Write a whole CSV."""
+    with open_table(path) as file:
+        csv.writer(file).writerows(rows)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path that becomes `path` once all went well, so that `path` is never half written."""
@@ -1061,6 +1106,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+    except BrokenPipeError:  # stdout's, while a video is being written
+        raise
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -1138,8 +1185,7 @@ def label_video(  # noqa: PLR0917 (all are needed)
             raise ValueError(f"{source.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, parts["timeline"])
-            with open_table(parts["tracks"]) as file:
-                csv.writer(file).writerows(summary.rows())
+            write_table(parts["tracks"], summary.rows())
     return summary
 
 
@@ -1221,9 +1267,7 @@ def main(argv: list[str] | None = None) -> None:
     pace = {"every": args.every, "search_every": args.search_every, "smooth": args.smooth}
 
     def tell(record: dict) -> None:
-        if args.json:
-            tqdm.write(json.dumps(record))
-            sys.stdout.flush()  # whoever reads a live pipe should not wait
+        tell_record(record, args.json)
 
     rows, num_failed = [["file", "face", *face_columns(classifier.classes)]], 0
     for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
@@ -1233,27 +1277,24 @@ def main(argv: list[str] | None = None) -> None:
                 tell(record)
                 found, lost = record["faces"], []
                 rows += [[source.path, i, *face_cells(face)] for i, face in enumerate(found, start=1)]
-                lines = [text_line(source.path, face) for face in found]
             else:
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
                     summary = label_video(video, outputs, kit, pace, tell, window)
                 found, lost = summary.tracks, video.lost
-                lines = [summary.text_line(source.path)] if found else []
-            for line in lines if not args.json else ():
-                tqdm.write(line)
-            if not found:
-                tqdm.write(f"{source.path}: no face found", file=sys.stderr)
-            if lost:
-                raise ValueError(f"{source.path}: {'; '.join(lost)}; the rest is labelled")
+                if found and not args.json:
+                    tqdm.write(summary.text_line(source.path))
+            tell_trouble(source.path, found, lost)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:  # the others are still worth labelling
             tqdm.write(f"error: {error}", file=sys.stderr)
             num_failed += 1
         if window and window.is_left:
             break
     if args.csv:
-        with replacing(args.csv) as temporary, open_table(temporary) as file:
-            csv.writer(file).writerows(rows)
+        with replacing(args.csv) as temporary:
+            write_table(temporary, rows)
     if num_failed:
         sys.exit(1)
 

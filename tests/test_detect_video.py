@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -735,3 +736,85 @@ def test_in_background_passes_errors_on():
     assert next(items) == 1
     with pytest.raises(ValueError, match="told"):
         next(items)
+
+
+# --- live window and camera ---
+
+
+@pytest.fixture
+def screen(tmp_path):
+    """A virtual screen: its name, and a function that reads its pixels."""
+    if not shutil.which("Xvfb"):
+        pytest.skip("no Xvfb; apt-get install xvfb")
+    read_end, write_end = os.pipe()
+    command = ["Xvfb", "-displayfd", str(write_end), "-screen", "0", "640x480x24", "-fbdir", tmp_path]
+    server = subprocess.Popen(command, pass_fds=[write_end], stderr=subprocess.DEVNULL)
+    os.close(write_end)
+    with os.fdopen(read_end) as file:
+        name = f":{file.readline().strip()}"
+
+    def pixels():
+        data = (tmp_path / "Xvfb_screen0").read_bytes()
+        header = struct.unpack(">25I", data[:100])  # of the X window dump format: sizes, counts
+        start, width, height, row_bytes = header[0] + 12 * header[19], header[4], header[5], header[12]
+        rows = np.frombuffer(data[start : start + row_bytes * height], np.uint8)
+        return rows.reshape(height, row_bytes // 4, 4)[:, :width, 2::-1]
+
+    yield name, pixels
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.parametrize("source", ["file", "camera"])
+def test_live_window_shows_the_labelled_frames(moving, screen, tmp_path, source):
+    name, pixels = screen
+    clip = write_video(tmp_path / "clip.mp4", moving(40, step=0))
+    options = [clip, "--show", "--no-video"] if source == "file" else ["--camera", clip]
+    command = [sys.executable, detect_emotions.__file__, *options]
+    process = subprocess.Popen(
+        command, env={**os.environ, "DISPLAY": name}, stdout=subprocess.PIPE, text=True
+    )
+    yellow = 0  # the label's
+    while process.poll() is None:
+        yellow = max(yellow, (np.abs(pixels().astype(int) - (240, 228, 66)).max(2) < 12).sum())
+        time.sleep(0.02)
+    assert process.returncode == 0
+    assert process.stdout.read().split("\t")[2] == "happy"
+    assert yellow > 300
+    names = {path.name for path in tmp_path.iterdir()} - {"Xvfb_screen0"}
+    assert names == {"clip.mp4", *(OUTPUTS[1:] if source == "file" else ())}
+
+
+def test_camera_is_recorded_into_the_folder(run, moving, tmp_path):
+    clip = write_video(tmp_path / "clip.avi", moving(12), codec="mpeg4")
+    code, out, err = run("--camera", clip, "--out-dir", tmp_path / "out")
+    assert (code, err, out.split("\t")[2]) == (0, "", "happy")
+    stem = detect_emotions.camera_name(str(clip))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        name.replace("clip", stem) for name in OUTPUTS
+    }
+    _, times, _ = read_video(tmp_path / "out" / f"{stem}_emotions.mp4")
+    assert len(times) == 12
+    assert times == sorted(set(times))
+
+
+def test_camera_that_is_not_there_is_one_line(run):
+    code, out, err = run("--camera", 77, "--json")
+    assert (code, out) == (1, "")
+    assert err == "error: camera 77 does not open; is it there, and does no other program use it?\n"
+
+
+def test_window_without_a_screen_is_one_line(run, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    code, out, err = run("--camera", 0)
+    assert (code, out) == (1, "")
+    assert err == "error: there is no screen for the live window; go without --show, see --help"
+
+
+def test_window_without_opencv_names_the_remedy(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    code, out, err = run(SAMPLE, "--show")
+    assert (code, out) == (1, "")
+    assert "apt-get install libgl1 libglib2.0-0" in err
+    assert len(err.splitlines()) == 1
