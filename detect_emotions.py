@@ -769,7 +769,7 @@ class Camera:
             ValueError: it does not open.
         """
         cv2 = load_opencv()
-        cv2.setLogLevel(0)  # what is wrong is told below
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
         self.name, self.start, self.end, self.lost = camera_name(device), start, end, []
         self._capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
         if not self._capture.isOpened():
