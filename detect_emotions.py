@@ -720,19 +720,17 @@ class Video:
     def _decode(self) -> Iterator[Frame]:
         if self.start:
             self._container.seek(self._origin + int(self.start / self.time_base), stream=self._stream)
-        size, time, ends = None, Fraction(-1), Fraction(0)
+        size, last, ends = None, Fraction(-1), Fraction(0)
         for picture in self._pictures():
-            before, time = time, ends
-            if picture.pts is not None:
-                time = (picture.pts - self._origin) * self.time_base
-            if time <= before:
+            time = ends if picture.pts is None else (picture.pts - self._origin) * self.time_base
+            if time <= last:
                 continue  # the timestamps are damaged, or it comes before what the file says is its start
             image = picture.to_image()
             if picture.rotation:
                 image = image.rotate(picture.rotation, expand=True)
             size = size or image.size
             duration = (picture.duration or 0) * self.time_base or 1 / self.rate
-            ends = time + duration
+            last, ends = time, time + duration
             yield Frame(0, time, duration, image if image.size == size else image.resize(size))
         if self._length and ends < self._length - MISSED:
             self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
