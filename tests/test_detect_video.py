@@ -512,6 +512,19 @@ def test_face_that_leaves_the_image_ends(follow):
     assert follow(*leaving, None, None)[3:] == [[1], [], []]
 
 
+def test_box_that_the_last_stage_makes_jump_stays_until_the_next_search():
+    class JumpyFinder(FixedFinder):
+        def refine(self, image, boxes):
+            return faces_at(*(box_at(box[0], box[1], 15) for box in boxes))
+
+    tracker, image, face = Tracker(JumpyFinder()), Image.new("RGB", (640, 360)), faces_at(box_at(0, 10))
+    for i, found in enumerate([face, None, None, face]):
+        (sighting,) = tracker.follow(image, i / 10, found)
+        assert sighting.track.number == 1
+        np.testing.assert_allclose(sighting.box, box_at(0, 10))
+    assert tracker.follow(image, 0.4, faces_at()) == []
+
+
 def test_match_boxes_pairs_the_best_first():
     boxes = np.array([box_at(0, 0), box_at(20, 0)])
     assert match_boxes(boxes, np.array([box_at(8, 0)])) == {0: 0}
@@ -768,7 +781,7 @@ def screen(tmp_path):
 @pytest.mark.parametrize("source", ["file", "camera"])
 def test_live_window_shows_the_labelled_frames(moving, screen, tmp_path, source):
     name, pixels = screen
-    clip = write_video(tmp_path / "clip.mp4", moving(40, step=0))
+    clip = write_video(tmp_path / "clip.mp4", moving(100, step=0))
     options = [clip, "--show", "--no-video"] if source == "file" else ["--camera", clip]
     command = [sys.executable, detect_emotions.__file__, *options]
     process = subprocess.Popen(
