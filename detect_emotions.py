@@ -85,7 +85,7 @@ BT709, MPEG_RANGE = 1, 1  # FFmpeg's numbers for the colours of HD video, and fo
 LOST_AFTER = 0.5  # s without a sight of the face, then its track ends; chosen here
 MIN_IOU = 0.3  # of the box where a track is expected and a box that may be its face; as in SORT (Bewley 2016)
 SAME_FACE = 0.7  # share of the smaller of two boxes: one face if both share it; as in MTCNN's last stage
-# Of the box where a face is expected and what the last stage makes of it. Again and again on one frame, that is
+# Of the box where a face is expected and what the last stage makes of it. Over and over on one frame, it is
 # 0.98 and more for a whole face, but 0.77 to 0.79 for one that the edge cuts: such a box grows without end.
 NEAR_IOU = 0.8
 KEEP_PROB = 0.7  # of the last stage for a known face; MTCNN's own threshold
