@@ -1205,10 +1205,11 @@ def seconds(text: str) -> float:
 
 
 def face_size(text: str) -> float:
-    """Read a size of at least 12 pixels, MTCNN's window, or a share of the shorter side, for argparse."""
-    if "." in text:
-        return shared.number(float, 0.001, 0.999)(text)
-    return shared.number(int, 12)(text)
+    """Read a size in pixels, MTCNN's window of 12 or more, or below 1 a share of the shorter side."""
+    value = float(text)
+    if not (0 < value < 1 or 12 <= value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text} is neither 12 pixels or more nor a share below 1")
+    return value
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1226,8 +1227,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--csv", type=Path, metavar="FILE", help="also write a table with a row for each face of the photos")
     sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7 (default: %(default)s)"
     add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
-    small = "smallest face to look for, pixels, or a share of the shorter side (default: %(default)s)"
-    add("--min-face-size", type=face_size, default=20, metavar="PX", help=small)
+    small = (
+        "smallest face to look for, pixels (12 or more), or a share of the shorter side (below 1), which "
+        "means 20 pixels or more; smaller ones take longer (default: %(default)s)"
+    )
+    add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
     add("--start", type=seconds, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
     add("--end", type=seconds, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
     add("--no-video", action="store_true", help="write only the tables and plots of videos")
