@@ -726,6 +726,7 @@ def fit(
     validate: Callable[[nn.Module], dict[str, float]],
     *,
     best_by: str,
+    accept: Callable[[dict], bool] = lambda record: True,
     save: Callable[..., None],
     epochs: int,
     lr: float,
@@ -742,6 +743,7 @@ def fit(
         data: has `train(epoch)` -> batches of inputs and targets, and a length in images.
         validate: returns figures by name; it gets the averaged weights when `ema` is on.
         best_by: name of the figure that picks the best epoch, the higher the better.
+        accept: says of an epoch's record whether it may be the best.
         save: `save(name, model, history, **training_state)` writes a checkpoint.
         lr: peak; the first twentieth of the run warms up, then a cosine goes to 0.
         ema: decay of the exponential moving average of the weights per step, 0 for none.
@@ -787,7 +789,7 @@ def fit(
         record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **figures}
         history.append({**record, "images_per_s": speed})
         print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
-        if figures[best_by] == max(past[best_by] for past in history):
+        if accept(record) and record[best_by] == max(past[best_by] for past in filter(accept, history)):
             save("best", judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
         save("last", model, history, optimizer=optimizer.state_dict(), **state)
@@ -808,6 +810,7 @@ def fit_classifier(
     classes: Sequence[str],
     label_smoothing: float,
     about: dict,
+    judge_also: Callable[[nn.Module], dict[str, float]] = lambda model: {},
     **options: object,
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint, by validation accuracy.
@@ -819,7 +822,11 @@ def fit_classifier(
         classes: what the best checkpoint tells apart. The run may learn more, named in about["classes"].
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         about: what the checkpoint says of itself, see `checkpoint_writer`.
-        options: epochs, lr, weight_decay, ema and resume of `fit`.
+        judge_also: returns further figures by name, for the log and for `accept`.
+        options: epochs, lr, weight_decay, ema, accept and resume of `fit`.
+
+    Raises:
+        ValueError: no epoch was accepted as the best.
     """
     kept = [about["classes"].index(name) for name in classes]
 
@@ -831,12 +838,15 @@ def fit_classifier(
         logits = logits[:, kept]
         temperature = fit_temperature(logits, labels)
         figures = judge(logits, labels, temperature)
-        return {**{f"val_{name}": value for name, value in figures.items()}, "temperature": temperature}
+        figures = {f"val_{name}": value for name, value in figures.items()}
+        return {**figures, **judge_also(net), "temperature": temperature}
 
     save = checkpoint_writer(out_dir, **about)
     history = fit(model, criterion, train, validate, best_by="val_acc", save=save, **options)
     panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
     plot_history(history, panels, out_dir / "curves.png")
+    if not (out_dir / "best.pt").exists():
+        raise ValueError(f"no epoch may be called best, see {out_dir / 'log.jsonl'}; try a lower --lr")
     best = keep_classes(load_checkpoint(out_dir / "best.pt"), classes)
     network = MirrorAveraged(load_network(best)).to(val.device, memory_format=torch.channels_last)
     best["temperature"] = fit_temperature(*evaluate(network, val.eval()))
@@ -902,6 +912,14 @@ def judge(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str,
     }
 
 
+def summarize(logits: Tensor, labels: Tensor, temperature: float, classes: Sequence[str]) -> dict:
+    """Return `n`, what `judge` says of logits (N, C), the `recall` by class, and the `confusion` matrix."""
+    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
+    recalls = dict(zip(classes, (matrix.diag() / matrix.sum(1).clamp(min=1)).tolist(), strict=True))
+    figures = judge(logits, labels, temperature)
+    return {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist()}
+
+
 def report(
     split: str,
     logits: Tensor,
@@ -917,10 +935,9 @@ def report(
     Args:
         subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
     """
-    figures = judge(logits, labels, temperature)
-    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
-    recalls = dict(zip(classes, (matrix.diag() / matrix.sum(1).clamp(min=1)).tolist(), strict=True))
-    record = {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist(), "subsets": {}}
+    figures = summarize(logits, labels, temperature, classes)
+    matrix = torch.tensor(figures["confusion"])
+    record = {**figures, "subsets": {}}
     majority = matrix.sum(1).max().item() / len(labels)
 
     def line(figures: dict[str, float], n: int) -> str:
@@ -931,7 +948,7 @@ def report(
 
     print(f"{split}: {line(figures, len(labels))} (always the commonest class: accuracy {majority:.2%})")
     for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
-        print(f"{split}: recall {recalls[name]:7.2%} of {count:5} {name}")
+        print(f"{split}: recall {figures['recall'][name]:7.2%} of {count:5} {name}")
     for name, mask in (subsets or {}).items():
         if mask.any():
             record["subsets"][name] = judge(logits[mask], labels[mask], temperature) | {"n": int(mask.sum())}

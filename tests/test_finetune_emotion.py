@@ -1,18 +1,23 @@
+import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_faces
 from PIL import Image
 
 import finetune_emotion
 import model as shared
 
+CLASSES = ("angry", "happy")
 
-@pytest.fixture
-def photos_dir(tmp_path, sample_photo):
-    """Two photos of one face for each of two emotions, and some that are of no use."""
-    folder = tmp_path / "google"
+
+@pytest.fixture(scope="session")
+def cut_photos_dir(tmp_path_factory, sample_photo):
+    """Two photos of one face for each of two emotions, and some that are of no use; `faces` beside them."""
+    folder = tmp_path_factory.mktemp("photos") / "google"
     with Image.open(sample_photo) as montage:
         quarters = [montage.crop((x, y, x + 480, y + 480)) for y in (0, 480) for x in (0, 480)]
     for name, faces in (("angry", quarters[2:]), ("happy", quarters[:2])):
@@ -24,58 +29,376 @@ def photos_dir(tmp_path, sample_photo):
     shutil.copy(sample_photo, folder / "angry" / "four_faces.jpg")
     Image.new("RGB", (200, 200), "gray").save(folder / "happy" / "empty.png")
     (folder / "happy" / "page.jpg").write_text("<html>")
+    cut(folder, shared.FaceFinder())
     return folder
+
+
+@pytest.fixture
+def photos_dir(tmp_path, cut_photos_dir):
+    """Those photos, not cut yet."""
+    return shutil.copytree(cut_photos_dir, tmp_path / "google")
 
 
 @pytest.fixture
 def fer_checkpoint(tmp_path):
     torch.manual_seed(0)
-    about = {
-        "arch": "resnet18",
-        "classes": ["angry", "happy"],
-        "image_size": 32,
-        "crop_margin": 0.1,
-        "config": {},
-    }
+    about = {"arch": "resnet18", "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.1, "config": {}}
     save = shared.checkpoint_writer(tmp_path, stage="fer", **about)
     save("fer", shared.gray_resnet("resnet18", 2), [{"epoch": 1, "val_acc": 0.5, "temperature": 1.5}])
     return tmp_path / "fer.pt"
 
 
-def test_single_faces_are_cut_and_the_last_stage_learns(tmp_path, photos_dir, fer_checkpoint, capsys):
-    options = [
-        "--data-dir",
-        str(photos_dir),
-        "--faces-dir",
-        str(tmp_path / "faces"),
-        "--init",
-        str(fer_checkpoint),
+@pytest.fixture
+def options(tmp_path, photos_dir, cut_photos_dir, fer_checkpoint):
+    """A short run on the photos alone, whose faces are cut already."""
+    shutil.copytree(cut_photos_dir.parent / "faces", tmp_path / "faces")
+    options = ["--data-dir", photos_dir, "--faces-dir", tmp_path / "faces", "--init", fer_checkpoint]
+    options += ["--out-dir", tmp_path / "run", "--image-size", 32, "--batch-size", 4, "--no-mix"]
+    return [str(option) for option in (*options, "--epochs", 1, "--val-fraction", 0.5)]
+
+
+class CountingFinder(shared.FaceFinder):
+    """The real finder; it counts the photos it looks at and may break off."""
+
+    seen, break_after = 0, None
+
+    def find(self, image):
+        if self.seen == self.break_after:
+            raise KeyboardInterrupt
+        self.seen += 1
+        return super().find(image)
+
+
+def cut(photos_dir, finder, **options):
+    options = {"margin": 0.1, "largest_face": False, **options}
+    return finetune_emotion.cut_photos(photos_dir, photos_dir.parent / "faces", CLASSES, finder, **options)
+
+
+def read_index(faces_dir):
+    return [json.loads(line) for line in (faces_dir / "index.jsonl").read_text().splitlines()]
+
+
+def weights_that_changed(start, trained):
+    start, trained = shared.load_checkpoint(start), shared.load_checkpoint(trained)
+    return {name for name, value in trained["model"].items() if not value.equal(start["model"][name])}
+
+
+# --- from photos to faces ---
+
+
+def test_single_faces_are_cut_and_the_rest_is_counted(tmp_path, options, capsys):
+    shutil.rmtree(tmp_path / "faces")
+    finetune_emotion.main(options)
+    table = capsys.readouterr().out.splitlines()[:5]
+    assert [line.split() for line in table] == [
+        ["photos", "angry", "happy", "total"],
+        ["one", "face", "cut", "2", "2", "4"],
+        ["no", "face", "0", "1", "1"],
+        ["several", "faces", "1", "0", "1"],
+        ["not", "readable", "0", "1", "1"],
     ]
-    options += ["--image-size", "32", "--epochs", "2", "--val-fraction", "0.5", "--batch-size", "4"]
-    finetune_emotion.main([*options, "--out-dir", str(tmp_path / "run")])
-    assert "7 photos: 4 cut, 1 several faces, 1 no face, 1 not readable" in capsys.readouterr().out
     faces = sorted((tmp_path / "faces").rglob("*.png"))
     assert [str(path.relative_to(tmp_path / "faces")) for path in faces] == [
         *("angry/0.jpg.png", "angry/more/1.jpg.png", "happy/0.jpg.png", "happy/1.jpg.png")
     ]
     with Image.open(faces[0]) as face:
         assert (face.mode, face.size) == ("L", (96, 96))
-    start, last = shared.load_checkpoint(fer_checkpoint), shared.load_checkpoint(tmp_path / "run" / "last.pt")
-    changed = {
-        name.split(".")[0] for name, value in last["model"].items() if not value.equal(start["model"][name])
-    }
-    assert changed == {"layer4", "fc"}
-    assert last["classes"] == ["angry", "happy"]
-    assert last["crop_margin"] == 0.1
-    for report in ("before", "val"):
-        assert json.loads((tmp_path / "run" / f"{report}.json").read_text())["n"] == 2
-    shutil.rmtree(tmp_path / "run")
-    finetune_emotion.main([*options, "--out-dir", str(tmp_path / "run")])
-    assert "7 photos: 4 kept from before, " in capsys.readouterr().out
+    last = shared.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last["stage"], last["classes"], last["crop_margin"]) == ("emotion", ["angry", "happy"], 0.1)
 
 
-def test_a_missing_emotion_is_one_line(tmp_path, photos_dir, fer_checkpoint):
+def test_the_index_says_where_the_face_is(photos_dir):
+    record = cut(photos_dir, shared.FaceFinder())[0]
+    assert read_index(photos_dir.parent / "faces")[0] == {**record, "size": [480, 480]}
+    left, top, right, bottom = record["box"]
+    assert all(left < x < right and top < y < bottom for x, y in record["landmarks"])
+    assert record["prob"] > 0.99
+    assert (record["photo"], record["label"], record["reason"]) == ("angry/0.jpg", "angry", None)
+
+
+def test_blur_lowers_the_blur_measure(sample_photo):
+    with Image.open(sample_photo) as image:
+        sharp = image.convert("L").resize((96, 96))
+    blurred = sharp.resize((24, 24)).resize((96, 96))
+    assert finetune_emotion.blur_measure(blurred) < finetune_emotion.blur_measure(sharp) / 4
+    assert finetune_emotion.blur_measure(Image.new("L", (96, 96), 7)) == 0
+
+
+def test_a_second_run_looks_only_at_what_is_new_or_changed(photos_dir):
+    faces_dir = photos_dir.parent / "faces"
+    cut(photos_dir, CountingFinder())
+    index = read_index(faces_dir)
+    again = CountingFinder()
+    assert cut(photos_dir, again) == index
+    assert again.seen == 0
+    shutil.copy(photos_dir / "happy" / "0.jpg", photos_dir / "angry" / "0.jpg")
+    (photos_dir / "happy" / "1.jpg").unlink()
+    before = (faces_dir / "angry" / "0.jpg.png").read_bytes()
+    changed = CountingFinder()
+    records = cut(photos_dir, changed)
+    assert changed.seen == 1
+    assert (faces_dir / "angry" / "0.jpg.png").read_bytes() != before
+    assert not (faces_dir / "happy" / "1.jpg.png").exists()
+    assert [record["photo"] for record in read_index(faces_dir)] == [record["photo"] for record in records]
+    wider = CountingFinder()
+    cut(photos_dir, wider, margin=0.4)
+    assert wider.seen == 5  # all that are readable
+
+
+def test_a_lost_crop_is_cut_again(photos_dir):
+    cut(photos_dir, shared.FaceFinder())
+    crop = photos_dir.parent / "faces" / "angry" / "0.jpg.png"
+    crop.unlink()
+    cut(photos_dir, shared.FaceFinder())
+    assert crop.exists()
+
+
+def test_an_interrupted_search_goes_on_where_it_was(photos_dir):
+    broken = CountingFinder()
+    broken.break_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        cut(photos_dir, broken)
+    with (photos_dir.parent / "faces" / "index.jsonl").open("a") as index:
+        index.write('{"photo": "happy/0.jp')
+    rest = CountingFinder()
+    records = cut(photos_dir, rest)
+    assert rest.seen == 6 - 3  # of the 7 photos one is not readable
+    assert sum(record["reason"] is None for record in records) == 4
+
+
+def test_of_several_faces_the_largest_is_cut_if_asked(photos_dir):
+    by_photo = {record["photo"]: record for record in cut(photos_dir, shared.FaceFinder(), largest_face=True)}
+    with Image.open(photos_dir / "angry" / "four_faces.jpg") as image:
+        boxes = shared.FaceFinder().find(image).boxes
+    sizes = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    assert by_photo["angry/four_faces.jpg"]["box"] == pytest.approx(boxes[sizes.argmax()], abs=0.06)
+    assert by_photo["happy/empty.png"]["reason"] == "no face"
+
+
+def test_a_missing_emotion_is_one_line(photos_dir, options):
     shutil.rmtree(photos_dir / "happy")
     with pytest.raises(SystemExit) as stop:
-        finetune_emotion.main(["--data-dir", str(photos_dir), "--init", str(fer_checkpoint)])
+        finetune_emotion.main(options)
     assert f"no images in {photos_dir / 'happy'}" in stop.value.code
+
+
+def test_photos_without_faces_are_one_line(tmp_path, options):
+    shutil.rmtree(tmp_path / "faces")
+    for name in CLASSES:
+        (tmp_path / "empty" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "empty" / name / "0.png")
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main([*options, "--data-dir", str(tmp_path / "empty")])
+    assert "no photo has a single face" in stop.value.code
+
+
+# --- from faces to train and val ---
+
+
+@pytest.fixture
+def copies(sample_photo):
+    """Eight faces as they may come: whole, scaled, brighter, and the next."""
+    with Image.open(sample_photo) as montage:
+        faces = [montage.crop((x, y, x + 400, y + 400)).convert("L") for y in (60, 540) for x in (60, 540)]
+    versions = []
+    for face in faces:
+        versions += [face, face.resize((60, 60)), face.point(lambda value: min(value * 1.2, 255))]
+    arrays = [np.asarray(version.resize((96, 96))) for version in versions]
+    return torch.from_numpy(np.stack(arrays))[:, None]
+
+
+def test_near_duplicates_are_one_group(copies):
+    groups = finetune_emotion.group_duplicates(finetune_emotion.hash_faces(copies))
+    assert groups.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_split_keeps_groups_together_and_gives_each_class_its_share():
+    labels = torch.tensor([0] * 60 + [1] * 20)
+    groups = torch.arange(80) // 2
+    is_val = finetune_emotion.split_groups(labels, groups, 0.2, seed=0)
+    assert is_val[::2].equal(is_val[1::2])
+    assert [int(is_val[labels == label].sum()) for label in (0, 1)] == [12, 4]
+
+
+def test_a_split_follows_its_seed():
+    labels, groups = torch.arange(50) % 2, torch.arange(50)
+    first, same, other = (finetune_emotion.split_groups(labels, groups, 0.2, seed) for seed in (3, 3, 4))
+    assert first.equal(same)
+    assert not first.equal(other)
+
+
+def test_a_correction_moves_no_face_to_the_other_side(tmp_path):
+    faces_dir = make_faces(tmp_path / "faces", 10, CLASSES)
+    records = [
+        {"photo": f"{name}/{i:05}.png", "label": name, "crop": f"{name}/{i:05}.png", "reason": None}
+        for name in CLASSES
+        for i in range(10)
+    ]
+
+    def load(corrections):
+        return finetune_emotion.load_labelled(
+            records, faces_dir, CLASSES, corrections, val_fraction=0.3, seed=0
+        )
+
+    plain = load({})
+    corrected = load({"angry/00000.png": "happy", "happy/00003.png": "", "happy/00004.png": "happy"})
+    left = [i for i in range(20) if i != 13]
+    assert corrected.records == [plain.records[i] for i in left]
+    assert corrected.is_val.equal(plain.is_val[left])
+    assert corrected.images.equal(plain.images[left])
+    assert (corrected.labels != plain.labels[left]).nonzero().tolist() == [[0]]
+    assert corrected.is_corrected.nonzero().tolist() == [[0], [13]]
+
+
+def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
+    def batches(n, batch_size, label):
+        images = torch.full((n, 1, 48, 48), 128, dtype=torch.uint8)
+        return shared.FaceBatches(images, torch.full((n,), label), batch_size, 32, torch.device("cpu"))
+
+    net = shared.gray_resnet("resnet18", 2)
+    photos = batches(10, 4, 0)
+    photos.targets = torch.tensor([[1.0, 0.0]] * 10)
+    data = finetune_emotion.Rehearsed(photos, batches(5, 2, 1), net)
+    with torch.no_grad():
+        seen = net(shared.normalize_faces(data.fer.images, 32)).softmax(1)
+    targets = [targets for _, targets in data.train(1)]
+    assert [len(part) for part in targets] == [6, 6, 3]  # FER's last batch of an epoch is a small one
+    for part, num_photos in zip(targets, (4, 4, 2), strict=True):
+        assert part[:num_photos].equal(torch.tensor([[1.0, 0.0]] * num_photos))
+        assert part[num_photos:].allclose(seen[: len(part) - num_photos], atol=1e-5)
+    assert len(data) == 16
+    again, other = (next(iter(data.train(epoch)))[0] for epoch in (1, 2))
+    assert again.equal(next(iter(data.train(1)))[0])
+    assert not again.equal(other)
+
+
+def test_photos_that_fer_is_judged_on_are_not_learned(tmp_path, fer_dir, options, capsys):
+    """One photo's face stands in FER's test, smaller and brighter: of two to learn from one is left."""
+    finetune_emotion.main(options)
+    records = read_index(tmp_path / "faces")
+    faces = finetune_emotion.load_labelled(records, tmp_path / "faces", CLASSES, {}, val_fraction=0.5, seed=0)
+    leaked = Image.fromarray(faces.images[~faces.is_val][0, 0].numpy())
+    leaked.resize((48, 48)).point(lambda value: min(value * 1.1, 255)).save(
+        fer_dir / "test" / "happy" / "0.png"
+    )
+    mixed = [option for option in options if option != "--no-mix"]
+    mixed += ["--mix", str(fer_dir), "--max-loss", "100", "--out-dir", str(tmp_path / "mixed")]
+    capsys.readouterr()
+    finetune_emotion.main(mixed)
+    assert "train: 1 images" in capsys.readouterr().out
+
+
+# --- doubts about labels ---
+
+
+def test_cross_validation_learns_what_is_there_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (200,), generator=generator)
+    noise = torch.randn(200, 50, generator=generator)
+    clear = noise + 4 * labels[:, None]
+    groups = torch.arange(200)
+    probs = finetune_emotion.cross_validate(clear, labels, groups, 2)
+    assert probs.sum(1).allclose(torch.ones(200))
+    assert (probs.argmax(1) == labels).float().mean() > 0.98
+    # A head that had seen the faces it judges would remember these; so would one that had seen their copies.
+    copies = torch.cat([noise, noise])
+    probs = finetune_emotion.cross_validate(copies, labels.repeat(2), groups.repeat(2), 2)
+    assert 0.35 < (probs.argmax(1) == labels.repeat(2)).float().mean() < 0.65
+
+
+def test_doubt_is_the_margin_by_which_another_class_is_likelier():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1]])
+    assert finetune_emotion.doubt(probs, torch.tensor([0, 1])).tolist() == pytest.approx([-0.5, 0.5])
+
+
+def test_corrections_are_checked(tmp_path):
+    path = tmp_path / "corrections.csv"
+    path.write_text('\ufeffpath,label\r\n"angry/a, b.jpg",happy\r\nangry/c.jpg,\r\n', encoding="utf-8")
+    assert finetune_emotion.read_corrections(path, CLASSES) == {"angry/a, b.jpg": "happy", "angry/c.jpg": ""}
+    path.write_text("path,label\nangry/a.jpg,hapy\n")
+    with pytest.raises(ValueError, match="the label 'hapy', expected empty or angry, happy"):
+        finetune_emotion.read_corrections(path, CLASSES)
+    path.write_text("angry/a.jpg;happy\n")
+    with pytest.raises(ValueError, match="no columns path and label"):
+        finetune_emotion.read_corrections(path, CLASSES)
+    with pytest.raises(FileNotFoundError):
+        finetune_emotion.read_corrections(tmp_path / "none.csv", CLASSES)
+
+
+# --- training ---
+
+
+def test_only_the_last_stage_and_the_head_learn_and_frozen_batch_norm_stays(
+    tmp_path, options, fer_checkpoint
+):
+    finetune_emotion.main([*options, "--epochs", "2"])  # the first step of a run has a learning rate of 0
+    changed = weights_that_changed(fer_checkpoint, tmp_path / "run" / "last.pt")
+    assert {name.split(".")[0] for name in changed} == {"layer4", "fc"}
+    assert "layer4.0.bn1.running_mean" in changed  # so the frozen ones' would be, if they drifted
+
+
+def test_unfreeze_means_what_it_says(tmp_path, options, fer_checkpoint):
+    finetune_emotion.main([*options, "--unfreeze", "fc", "--epochs", "2"])
+    assert weights_that_changed(fer_checkpoint, tmp_path / "run" / "last.pt") == {"fc.weight", "fc.bias"}
+
+
+def test_held_out_faces_are_judged_as_they_are(tmp_path, options, fer_checkpoint):
+    finetune_emotion.main(options)
+    records = read_index(tmp_path / "faces")
+    faces = finetune_emotion.load_labelled(records, tmp_path / "faces", CLASSES, {}, val_fraction=0.5, seed=0)
+    classifier = shared.Classifier.load(fer_checkpoint, torch.device("cpu"))
+    crops = [Image.fromarray(image[0].numpy()) for image in faces.images[faces.is_val]]
+    probs = torch.from_numpy(classifier.predict_crops(crops))
+    before = json.loads((tmp_path / "run" / "emotion.json").read_text())["before"]["photos"]
+    expected = torch.nn.functional.nll_loss(probs.log(), faces.labels[faces.is_val]).item()
+    assert before["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_fer_is_learned_again_and_reported(tmp_path, fer_dir, options, capsys):
+    mixed = [option for option in options if option != "--no-mix"]
+    finetune_emotion.main([*mixed, "--mix", str(fer_dir), "--max-loss", "100", "--mix-share", "2"])
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "emotion.json").read_text())
+    sizes = {name: result["n"] for name, result in results["after"].items()}
+    assert sizes == {"photos": 2, "FER val": 10, "FER test": 12}
+    assert "FER: 32 images (angry 16, happy 16)" in out
+    row = next(line for line in out.splitlines() if line.startswith("FER test  after"))
+    assert row.split()[3:5] == ["12", f"{results['after']['FER test']['acc']:.1%}"]
+    history = shared.load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    best = shared.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["metrics"]["fer_val_acc"] == history[best["epoch"] - 1]["fer_val_acc"]
+
+
+def test_an_epoch_that_forgot_fer_is_not_called_best(tmp_path, fer_dir, options):
+    """The labels of FER's val are those that the untrained network gives, so all learning is forgetting."""
+    checkpoint = shared.load_checkpoint(tmp_path / "fer.pt")
+    classifier = shared.Classifier(checkpoint, torch.device("cpu"))
+    files = sorted(path for name in CLASSES for path in (fer_dir / "val" / name).iterdir())
+    images = [Image.open(file).copy() for file in files]
+    probs = classifier.predict_crops(images)
+    order = np.argsort(probs[:, 0])
+    for name, rows in (("happy", order[:5]), ("angry", order[5:])):
+        shutil.rmtree(fer_dir / "val" / name)
+        (fer_dir / "val" / name).mkdir()
+        for row in rows:
+            images[row].save(fer_dir / "val" / name / f"{row}.png")
+    mixed = [option for option in options if option != "--no-mix"]
+    mixed += ["--mix", str(fer_dir), "--mix-share", "0", "--lr", "1", "--epochs", "2"]
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main([*mixed, "--max-loss", "0"])
+    assert "no epoch may be called best" in stop.value.code
+    assert not (tmp_path / "run" / "best.pt").exists()
+    shutil.rmtree(tmp_path / "run")
+    finetune_emotion.main([*mixed, "--max-loss", "100"])
+    assert (tmp_path / "run" / "best.pt").exists()
+
+
+def test_corrections_beside_the_photos_are_obeyed(tmp_path, photos_dir, options, capsys):
+    with (photos_dir / "corrections.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), ("angry/0.jpg", "happy"), ("happy/0.jpg", "happy")])
+    finetune_emotion.main(options)
+    out = capsys.readouterr().out
+    assert f"2 corrections in {photos_dir / 'corrections.csv'}" in out
+    counts = [line for line in out.splitlines() if line.startswith(("train: ", "val: "))]
+    assert sum("angry 1" in line for line in counts) == 1
+    assert sum(int(line.split("happy ")[1].strip(")")) for line in counts) == 3

@@ -1,0 +1,171 @@
+"""The page of finetune_emotion.py --review in a real browser, offline, and a run with what it exports."""
+
+import csv
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import make_faces
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+import finetune_emotion
+import model as shared
+
+CLASSES = ("angry", "happy")
+NASTY = 'angry/a, "b" </script><b>.png'  # what a CSV and an HTML page must quote
+
+
+@pytest.fixture
+def browser(tmp_path):
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium with its chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,900"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_network_conditions(offline=True, latency=0, throughput=1)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A review of eight faces, all doubted, the first ones most; one was corrected before."""
+    faces_dir = make_faces(tmp_path / "faces", 4, CLASSES)
+    names = [f"{name}/{i:05}.png" for name in CLASSES for i in range(4)]
+    records = [
+        {"photo": name, "label": name.split("/")[0], "crop": name, "reason": None, "blur": 1.5}
+        for name in names
+    ]
+    records[1]["photo"] = NASTY
+    corrections = {"happy/00003.png": "happy", "happy/gone.png": ""}
+    faces = finetune_emotion.load_labelled(
+        records, faces_dir, CLASSES, corrections, val_fraction=0.25, seed=0
+    )
+    wrong = torch.linspace(0.9, 0.6, 8)
+    own = torch.nn.functional.one_hot(faces.labels, 2)
+    probs = torch.where(own == 1, 1 - wrong[:, None], wrong[:, None])
+    number = finetune_emotion.write_review(
+        tmp_path / "run" / "review.html",
+        faces,
+        probs,
+        faces_dir=faces_dir,
+        classes=CLASSES,
+        corrections=corrections,
+        corrections_path=tmp_path / "corrections.csv",
+    )
+    assert number == 7
+    return tmp_path / "run" / "review.html"
+
+
+def export(browser, tmp_path):
+    """Click the link; return the rows of the file that comes."""
+    path = tmp_path / "downloads" / "corrections.csv"
+    browser.find_element(By.ID, "export").click()
+    for _ in range(100):
+        if path.exists():
+            break
+        time.sleep(0.1)
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_ticks_and_labels_are_exported_and_kept(tmp_path, browser, page):
+    browser.get(page.as_uri())
+    cards = browser.find_elements(By.TAG_NAME, "article")
+    photos = [card.get_attribute("data-photo") for card in cards]
+    assert photos == ["angry/00000.png", NASTY, "angry/00002.png", "angry/00003.png"] + [
+        f"happy/0000{i}.png" for i in range(3)
+    ]
+    assert [share.text for share in cards[0].find_elements(By.CLASS_NAME, "share")] == ["10 %", "90 %"]
+    image = cards[0].find_element(By.TAG_NAME, "img")
+    assert browser.execute_script("return arguments[0].naturalWidth", image) == 48
+    assert photos[1] in cards[1].text
+    cards[0].find_element(By.CSS_SELECTOR, "input").click()
+    Select(cards[1].find_element(By.CSS_SELECTOR, "select")).select_by_value("happy")
+    Select(cards[2].find_element(By.CSS_SELECTOR, "select")).select_by_value("angry")
+    verdicts = [card.find_element(By.CLASS_NAME, "verdict").text for card in cards]
+    assert verdicts == ["left out", "now happy", "fine", "", "", "", ""]
+    assert browser.find_element(By.ID, "count").text.startswith("3 of 7 looked at: 1 left out, 1 relabelled")
+    browser.refresh()
+    expected = [
+        ["path", "label"],
+        ["happy/00003.png", "happy"],
+        ["happy/gone.png", ""],
+        ["angry/00000.png", ""],
+        [NASTY, "happy"],
+        ["angry/00002.png", "angry"],
+    ]
+    assert export(browser, tmp_path) == expected
+    assert finetune_emotion.read_corrections(tmp_path / "downloads" / "corrections.csv", CLASSES) == dict(
+        expected[1:]
+    )
+    assert browser.get_log("browser") == []
+
+
+def test_the_keyboard_is_enough(tmp_path, browser, page):
+    browser.get(page.as_uri())
+    for key in ("x", "2", Keys.ENTER, Keys.ARROW_RIGHT, "x", Keys.ARROW_LEFT, "u"):
+        browser.switch_to.active_element.send_keys(key)
+    rows = export(browser, tmp_path)
+    assert rows[3:] == [["angry/00000.png", ""], [NASTY, "happy"], ["angry/00002.png", "angry"]]
+
+
+def test_a_filter_shows_one_label(browser, page):
+    browser.get(page.as_uri())
+    Select(browser.find_element(By.ID, "filter")).select_by_value("happy")
+    shown = [card for card in browser.find_elements(By.TAG_NAME, "article") if card.is_displayed()]
+    assert [card.get_attribute("data-photo") for card in shown] == [f"happy/0000{i}.png" for i in range(3)]
+
+
+def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys):
+    """From photos with swapped labels by way of the page to a training run: no face keeps its wrong label."""
+    from PIL import Image
+
+    with Image.open(sample_photo) as montage:
+        for i, (x, y) in enumerate(((0, 0), (480, 0), (0, 480), (480, 480))):
+            folder = tmp_path / "photos" / CLASSES[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            montage.crop((x, y, x + 480, y + 480)).save(folder / f"{i}.jpg")
+    torch.manual_seed(0)
+    about = {"arch": "resnet18", "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.0, "config": {}}
+    save = shared.checkpoint_writer(tmp_path, stage="fer", **about)
+    save("fer", shared.gray_resnet("resnet18", 2), [{"epoch": 1, "val_acc": 0.5}])
+    options = [
+        "--data-dir",
+        tmp_path / "photos",
+        "--faces-dir",
+        tmp_path / "faces",
+        "--no-mix",
+        "--epochs",
+        1,
+    ]
+    options += ["--init", tmp_path / "fer.pt", "--out-dir", tmp_path / "run", "--image-size", 64]
+    options = [str(option) for option in (*options, "--val-fraction", 0.5)]
+    finetune_emotion.main([*options, "--review"])
+    out = capsys.readouterr().out
+    browser.get((tmp_path / "run" / "review.html").as_uri())
+    cards = browser.find_elements(By.TAG_NAME, "article")
+    assert f"{len(cards)} of 4 labels look wrong" in out
+    assert cards  # the untrained network calls all faces the same
+    swapped = {}
+    for card in cards[1:]:
+        photo = card.get_attribute("data-photo")
+        swapped[photo] = "happy" if photo.startswith("angry") else "angry"
+        Select(card.find_element(By.CSS_SELECTOR, "select")).select_by_value(swapped[photo])
+    left_out = cards[0].get_attribute("data-photo")
+    cards[0].find_element(By.CSS_SELECTOR, "input").click()
+    assert dict(export(browser, tmp_path)[1:]) == {left_out: "", **swapped}
+    finetune_emotion.main([*options, "--corrections", str(tmp_path / "downloads" / "corrections.csv")])
+    out = capsys.readouterr().out
+    assert f"{len(cards)} corrections in" in out
+    assert (
+        sum(int(line.split()[1]) for line in out.splitlines() if line.startswith(("train: ", "val: "))) == 3
+    )
