@@ -932,7 +932,8 @@ class Window:
         self._opened = self._opened or time.monotonic() - time_s
         self._cv2.imshow(self._name, np.asarray(image)[:, :, ::-1])
         ahead = time_s - (time.monotonic() - self._opened)
-        is_quit = self._cv2.waitKey(max(1, round(1000 * ahead))) == ord("q")
+        wait_ms = max(5, round(1000 * ahead))  # in less a window on a busy machine was never painted
+        is_quit = self._cv2.waitKey(wait_ms) == ord("q")
         self.is_left = is_quit or self._cv2.getWindowProperty(self._name, self._cv2.WND_PROP_VISIBLE) < 1
         return not self.is_left
 

@@ -571,7 +571,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         sets |= {f"FER {split}": batches(*fer[split]) for split in ("val", "test")}
         judged = hash_faces(torch.cat([fer["val"][0], fer["test"][0]]))
-        is_learned &= ~stands_in(hash_faces(faces.images), judged)
+        is_copy = is_learned & stands_in(hash_faces(faces.images), judged)
+        print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
+        is_learned &= ~is_copy
     train = batches(faces.images[is_learned], faces.labels[is_learned])
     train.targets = F.one_hot(train.labels, len(classes)).float()
     sizes = {"train": train.describe(classes), "val": val.describe(classes)}

@@ -168,6 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
+    parser.set_defaults(balance=0.5, ema=0.998)  # as the shipped model was trained
     return shared.parse_with_resume(parser, argv, stage="fer")
 
 

@@ -198,10 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         crop_margin=0.0,
         config=shared.plain_config(args),
     )
+
+    def score(record: dict) -> float:
+        return record["cosine"]
+
     history = shared.fit(
-        student, F.mse_loss, train, validate, best_by="cosine", save=save, **shared.fit_options(args)
+        student, F.mse_loss, train, validate, score=score, save=save, **shared.fit_options(args)
     )
-    best = shared.best_record(history, "cosine")
+    best = max(reversed(history), key=score)  # the last of equals, as saved
     print_table({args.stem_init: before, "distilled": best})
     shared.plot_history(
         history,

@@ -44,7 +44,7 @@ def time_whole_loop(net: torch.nn.Module, data: shared.FaceBatches) -> float:
         F.cross_entropy,
         data,
         lambda net: {"val_acc": 0.0},
-        best_by="val_acc",
+        score=lambda record: record["val_acc"],
         save=lambda *args, **state: None,
         epochs=1,
         lr=3e-4,

@@ -46,7 +46,7 @@ def test_training_learns_and_writes_what_it_says(tmp_path, options, capsys):
     assert [record["epoch"] for record in log] == [1, 2, 3, 4]
     assert log[-1]["train_loss"] < log[0]["train_loss"]
     best = shared.load_checkpoint(out_dir / "best.pt", stages=("fer",))
-    assert best["metrics"]["val_acc"] == max(record["val_acc"] for record in log)
+    assert best["metrics"]["val_loss"] == min(record["val_loss"] for record in log)
     assert best["classes"] == list(shared.EMOTIONS)
     assert best["config"]["lr"] == 0.001
     assert f"wrote {out_dir / 'best.pt'}" in out

@@ -31,21 +31,23 @@ SMOKE = {
     "download_data.py": ["--help"],
     "finetune_gray_imagenet.py": ["--limit", "4", "--epochs", "1", "--image-size", "32"],
     "finetune_fer.py": ["--limit", "20", "--epochs", "1", "--image-size", "32"],
-    "finetune_emotion.py": ["--epochs", "1", "--image-size", "32"],
+    "finetune_emotion.py": ["--epochs", "1", "--image-size", "32", "--max-loss", "100"],
     "detect_emotions.py": [],
 }
 
 
-def cut_fer(source, target):
-    """Keep the first 20 rows of each label in each split."""
+def cut_fer(source, votes_source, target, votes_target):
+    """Keep the first 20 rows of each label in each split, and FER+'s for them."""
     kept = Counter()
-    with lzma.open(source, "rt") as rows, target.open("w") as cut:
-        cut.write(next(rows))
-        for row in rows:
+    with lzma.open(source, "rt") as rows, votes_source.open() as votes:
+        pairs = list(zip(rows, votes, strict=True))
+    with target.open("w") as cut, votes_target.open("w") as cut_votes:
+        for row, vote in pairs:
             kind = (row[0], row.rstrip().rsplit(",", 1)[1])
             kept[kind] += 1
             if kept[kind] <= 20:
                 cut.write(row)
+                cut_votes.write(vote)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,11 @@ def checkout(tmp_path_factory, real_data):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder)
     shutil.copytree(ROOT / "resources", folder / "resources")
-    cut_fer(real_data / "fer2013.csv.xz", folder / "fer2013.csv")
+    tables = ("fer2013.csv", "fer2013new.csv")
+    cut_fer(real_data / "fer2013.csv.xz", real_data / "ferplus.csv", *(folder / name for name in tables))
+    (folder / "holiday" / "first day").mkdir(parents=True)
+    shutil.copy(folder / "resources" / "sample.jpg", folder / "holiday" / "first day")
+    shutil.copy(real_data / "video" / "single_face.mp4", folder / "clip.mp4")
     for path in shared.list_images(real_data / "imagenet-sample", limit=6):
         shutil.copy(path, folder)
         (folder / "data" / "imagenet" / path.parent.name).mkdir(parents=True)
