@@ -10,8 +10,9 @@ out (--drop-suspects) or looked at (--review writes a page, whose corrections.cs
 
 So that FER is not forgotten, its faces are rehearsed in every batch; their targets are what the network made
 of them before (Buzzega et al. 2020, "Dark Experience for General Continual Learning: a Strong, Simple
-Baseline", arXiv:2004.07211). An epoch that forgot too much of FER all the same is never called best. Photos
-that stand in FER's val or test, which came from a search as well, are not learned from.
+Baseline", arXiv:2004.07211). If too much is forgotten all the same, the weights are drawn back toward those
+that training began with, until it is not (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models",
+arXiv:2109.01903). Photos that stand in FER's val or test, which came from a search too, are not learned from.
 
 Usage:
     python finetune_emotion.py --data-dir data/google --init runs/fer/best.pt --mix data/fer
@@ -50,6 +51,7 @@ FACE_SIZE = 96  # pixels, side of the kept crops: half again the network's usual
 DUPLICATE_BITS = 8
 FOLDS = 5  # of the cross-validation, chosen here
 HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in tens the best on scraped faces
+BLENDS = (1.0, 0.75, 0.5, 0.25)  # shares of the way that training went, tried in turn
 REVIEW_PAGE = Path(__file__).parent / "resources" / "review.html"
 
 
@@ -270,6 +272,13 @@ def load_labelled(
     )
 
 
+def find_copies(faces: LabelledFaces, judged: Tensor) -> Tensor:
+    """Tell, and print the number of, the faces that stand among FER's judged ones too: (N,) bool."""
+    is_copy = stands_in(hash_faces(faces.images), hash_faces(judged))
+    print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
+    return is_copy
+
+
 class Rehearsed:
     """Photos' faces with FER's beside them in every batch: what `fit` asks of its data.
 
@@ -424,15 +433,6 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     print(f"wrote {path} and {out_dir / 'photos_confusion.png'}")
 
 
-def keep_memory(fer_val: shared.FaceBatches, lowest: float, classes: Sequence[str]) -> dict:
-    """Return the options of `fit_classifier` that call no epoch best below `lowest` accuracy on `fer_val`."""
-
-    def judge_also(net: nn.Module) -> dict[str, float]:
-        return {"fer_val_acc": judge_sets(net, {"val": fer_val}, 1.0, classes)["val"]["acc"]}
-
-    return {"judge_also": judge_also, "accept": lambda record: record["fer_val_acc"] >= lowest}
-
-
 def judge_sets(
     net: nn.Module, sets: dict[str, shared.FaceBatches], temperature: float, classes: Sequence[str]
 ) -> dict[str, dict]:
@@ -442,6 +442,34 @@ def judge_sets(
         name: shared.summarize(*shared.evaluate(net, faces.eval()), temperature, classes)
         for name, faces in sets.items()
     }
+
+
+def draw_back(
+    trained: dict, start: dict, val: shared.FaceBatches, fer_val: shared.FaceBatches, lowest: float
+) -> dict:
+    """Go back toward the weights of `start` until accuracy on `fer_val` is at least `lowest`, 0-1.
+
+    Args:
+        trained, start: checkpoints.
+        val: the photos' faces to which the temperature is fitted anew.
+        fer_val: FER's.
+
+    Raises:
+        ValueError: none of BLENDS goes back far enough.
+    """
+    for blend in BLENDS:
+        weights = {
+            name: torch.lerp(start["model"][name], value, blend) if value.is_floating_point() else value
+            for name, value in trained["model"].items()
+        }
+        best = {**trained, "model": weights}
+        net = shared.load_network(best).to(val.device, memory_format=torch.channels_last)
+        accuracy = judge_sets(net, {"FER val": fer_val}, 1.0, trained["classes"])["FER val"]["acc"]
+        print(f"{blend:.0%} of the way: FER val {accuracy:.2%}, expected {lowest:.2%} or more")
+        if accuracy >= lowest:
+            temperature = shared.fit_temperature(*shared.evaluate(shared.MirrorAveraged(net), val.eval()))
+            return {**best, "temperature": temperature}
+    raise ValueError("FER is forgotten even a quarter of the way, so none is called best; try a lower --lr")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -484,7 +512,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=shared.number(float, 0, 100),
         default=1.0,
         metavar="POINTS",
-        help="of accuracy on FER's val that the best epoch may have lost (default: %(default)s)",
+        help="of accuracy on FER's val that the best model may have lost (default: %(default)s)",
     )
     add(
         "--drop-suspects", action="store_true", help="do not learn from faces whose label both networks doubt"
@@ -512,7 +540,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @shared.one_line_errors
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step after the other)
     """Cut the faces, train, and report on the held-out faces before and after; or write the review page."""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
@@ -530,9 +558,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(count_photos(records, classes))
     corrections_path = args.corrections or args.data_dir / "corrections.csv"
-    is_corrected = args.corrections or corrections_path.exists()
-    corrections = read_corrections(corrections_path, classes) if is_corrected else {}
-    print(f"{len(corrections)} corrections in {corrections_path}")
+    corrections = {}
+    if args.corrections or corrections_path.exists():
+        corrections = read_corrections(corrections_path, classes)
+        print(f"{len(corrections)} corrections in {corrections_path}")
     faces = load_labelled(
         records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
     )
@@ -547,8 +576,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         opinions = second_opinions(
             net, batches(faces.images, faces.labels), faces.groups, start["temperature"]
         )
-        both_doubt = (torch.stack([doubt(probs, faces.labels) for probs in opinions]) > 0).all(0)
-        is_learned &= ~both_doubt | faces.is_corrected
+        doubts = torch.stack([doubt(probs, faces.labels) for probs in opinions])
+        is_learned &= (doubts <= 0).any(0) | faces.is_corrected
     if args.review:
         number = write_review(
             args.out_dir / "review.html",
@@ -563,17 +592,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
-    sets, guard, fer = {"photos": val}, {}, {}
+    sets = {"photos": val}
     if args.mix:
         fer = {
             split: shared.load_faces(args.mix / split, classes, args.limit)
             for split in ("train", "val", "test")
         }
         sets |= {f"FER {split}": batches(*fer[split]) for split in ("val", "test")}
-        judged = hash_faces(torch.cat([fer["val"][0], fer["test"][0]]))
-        is_copy = is_learned & stands_in(hash_faces(faces.images), judged)
-        print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
-        is_learned &= ~is_copy
+        is_learned &= ~find_copies(faces, torch.cat([fer["val"][0], fer["test"][0]]))
     train = batches(faces.images[is_learned], faces.labels[is_learned])
     train.targets = F.one_hot(train.labels, len(classes)).float()
     sizes = {"train": train.describe(classes), "val": val.describe(classes)}
@@ -584,9 +610,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared.freeze_except(net, args.unfreeze)
     shared.start_run(args, net, device, sizes)
     results = {"before": judge_sets(net, sets, start["temperature"], classes)}
-    if args.mix:
-        lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
-        guard = keep_memory(sets["FER val"], lowest, classes)
     about = {
         **{key: start[key] for key in ("arch", "classes", "crop_margin")},
         "stage": "emotion",
@@ -601,13 +624,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes=classes,
         label_smoothing=args.label_smoothing,
         about=about,
-        **guard,
         **shared.fit_options(args),
     )
-    net = shared.load_network(best).to(device, memory_format=torch.channels_last)
-    results["after"] = judge_sets(net, sets, best["temperature"], classes)
+    best_path = args.out_dir / "best.pt"
+    if args.mix:
+        best_path.unlink()  # what forgot too much must not be taken for the best
+        best = draw_back(
+            best, start, val, sets["FER val"], results["before"]["FER val"]["acc"] - args.max_loss / 100
+        )
+        shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
+    trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
+    results["after"] = judge_sets(trained, sets, best["temperature"], classes)
     report_change(results, classes, args.out_dir)
-    print(f"best epoch {best['epoch']}; wrote {args.out_dir / 'best.pt'}")
+    print(f"best epoch {best['epoch']}; wrote {best_path}")
 
 
 if __name__ == "__main__":

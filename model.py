@@ -165,9 +165,10 @@ class FaceFinder:
         found, groups = [NO_FACES] * len(images), {}
         for i, image in enumerate(images):
             groups.setdefault(image.size, []).append(i)
-        for group in groups.values():
-            for i, faces in zip(group, self._search([images[i] for i in group]), strict=True):
-                found[i] = faces
+        with one_torch_thread():
+            for group in groups.values():
+                for i, faces in zip(group, self._search([images[i] for i in group]), strict=True):
+                    found[i] = faces
         return found
 
     def refine(self, image: Image.Image, boxes: np.ndarray) -> Faces:
@@ -216,16 +217,13 @@ class FaceFinder:
         proposals = [(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))]
         for scale, level in zip(scales, levels, strict=True):
             shifts, probs = self._pnet(level.permute(0, 2, 3, 1).numpy())
-            probs = torch.from_numpy(probs[:, 1])
-            # All windows of a level have one size, so those that overlap most are neighbours.
-            is_peak = probs == F.max_pool2d(probs, 3, stride=1, padding=1)
-            owners, y, x = np.nonzero((is_peak & (probs >= MTCNN_THRESHOLDS[0])).numpy())
+            owners, y, x = find_peaks(probs[:, 1], MTCNN_THRESHOLDS[0])
             corners = 2 * np.stack([x, y], 1) + 1  # PNet's stride is 2
             windows = np.hstack([corners, corners + PNET_WINDOW - 1]) / scale
             windows = np.floor(windows).astype(np.float32)
             sides = (windows[:, 2:] - windows[:, :2])[:, [0, 1, 0, 1]]
             boxes = squared(windows + shifts[owners, :, y, x] * sides)
-            proposals.append((boxes, probs.numpy()[owners, y, x], owners))
+            proposals.append((boxes, probs[owners, 1, y, x], owners))
         return tuple(np.concatenate(parts) for parts in zip(*proposals, strict=True))
 
     def _decide(self, images: Sequence[Image.Image], owners: np.ndarray, boxes: np.ndarray) -> Faces:
@@ -252,7 +250,23 @@ def mtcnn_engine(name: str, size: int | None, device: torch.device) -> "Engine":
 
     weights = (package / "data" / f"{name.lower()}.pt").read_bytes()
     like = torch.zeros(2, size or 64, size or 64, 3, dtype=torch.uint8)
-    return Engine(name.lower(), build, weights, like, device, any_size=size is None)
+    is_fast = name != "ONet"  # which has the last word on a few faces; the others only propose
+    return Engine(name.lower(), build, weights, like, device, any_size=size is None, fast=is_fast)
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch's small steps between two runs of an engine take one thread.
+
+    More would spin when they are done, on the cores that the engine then wants: finding faces in a 960x960
+    montage took 92 ms with two threads, 73 with one (medians of 7, two cores).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[Tensor]]:
@@ -275,31 +289,57 @@ def pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], l
     for i, scale in enumerate(scales):
         size = (int(height * scale + 1), int(width * scale + 1)) if scale < 1 else (height, width)
         source = levels[i - 3] if i >= 3 else pixels
-        levels.append(F.interpolate(source, size, mode="bilinear", antialias=True))
+        is_same = source.shape[2:] == size
+        levels.append(source if is_same else F.interpolate(source, size, mode="bilinear", antialias=True))
     return scales, levels
+
+
+def find_peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
+    """Find where probs (N, H, W) reach the threshold and no neighbour is higher: N, H, W indices.
+
+    It stands in for suppressing non-maxima: all windows of a level have one size, so those that overlap most
+    are neighbours.
+    """
+    n, y, x = np.nonzero(probs >= threshold)
+    padded = np.pad(probs, ((0, 0), (1, 1), (1, 1)))
+    around = [padded[n, y + dy, x + dx] for dy in range(3) for dx in range(3)]
+    is_peak = probs[n, y, x] == np.max(around, axis=0)
+    return n[is_peak], y[is_peak], x[is_peak]
 
 
 def sample_levels(
     levels: Sequence[Tensor], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray, size: int
 ) -> np.ndarray:
-    """Cut M boxes out of a pyramid, each where its side is nearest `size`: uint8 (M, size, size, 3)."""
+    """Cut M boxes out of a pyramid, each where its side is nearest `size`: uint8 (M, size, size, 3).
+
+    Only the pixels that are wanted are looked at: making all of a level float takes longer than the rest.
+    """
     regions = inside(boxes, image_size)
-    crops = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
-    sides = (regions[:, 2:] - regions[:, :2]).max(1)
+    sides = regions[:, 2:] - regions[:, :2]
     scales = np.array([level.shape[3] for level in levels]) / image_size[0]
-    is_fine_enough = sides[:, None] * scales >= size * MTCNN_FACTOR**0.5
+    is_fine_enough = sides.max(1)[:, None] * scales >= size * MTCNN_FACTOR**0.5
     chosen = (is_fine_enough.sum(1) - 1).clip(0)
     steps = (np.arange(size, dtype=np.float32) + 0.5) / size
-    starts, sides = regions[:, :2], regions[:, 2:] - regions[:, :2]
-    points = starts[:, None] + steps[None, :, None] * sides[:, None]  # (M, size, 2), x and y
-    points = torch.from_numpy(points / image_size.astype(np.float32) * 2 - 1)  # as grid_sample wants them
-    for key in np.unique(chosen * len(levels[0]) + owners) if len(boxes) else ():
-        level, owner = divmod(key, len(levels[0]))
-        those = np.flatnonzero((chosen == level) & (owners == owner))
-        grid = torch.stack(torch.broadcast_tensors(points[those, None, :, 0], points[those, :, None, 1]), -1)
-        image = levels[level][owner : owner + 1].float().expand(len(those), -1, -1, -1)
-        crops[those] = F.grid_sample(image, grid, padding_mode="border", align_corners=False).round().byte()
-    return crops.permute(0, 2, 3, 1).numpy()
+    points = regions[:, None, :2] + steps[:, None] * sides[:, None]  # (M, size, 2), x and y
+    crops = np.empty((len(boxes), size, size, 3), np.uint8)
+    for number in np.unique(chosen):
+        those, level = chosen == number, levels[number].permute(0, 2, 3, 1).numpy()
+        level_size = np.array(level.shape[2:0:-1])
+        spots = (points[those] * (level_size / image_size) - 0.5).clip(0, level_size - 1).astype(np.float32)
+        starts = spots.astype(np.int64)
+        ends = (starts + 1).clip(0, level_size - 1)
+        right, down = np.moveaxis(spots - starts, 2, 0)  # the next pixels' shares, (M, size)
+        right, down = right[:, None, :, None], down[:, :, None, None]
+        first = owners[those][:, None] * level_size[1]  # rows of the images before
+        rows = [(first + at[:, :, 1])[:, :, None] * level_size[0] for at in (starts, ends)]
+        pixels = level.reshape(-1, 3)
+        upper, lower = (
+            (1 - right) * np.take(pixels, row + starts[:, None, :, 0], 0)
+            + right * np.take(pixels, row + ends[:, None, :, 0], 0)
+            for row in rows
+        )
+        crops[those] = (1 - down) * upper + down * lower + 0.5  # cut off to whole numbers, so rounded
+    return crops
 
 
 def inside(boxes: np.ndarray, image_size: np.ndarray) -> np.ndarray:
@@ -741,7 +781,7 @@ def fit(
         criterion: (outputs, targets) -> scalar mean loss of a batch.
         data: has `train(epoch)` -> batches of inputs and targets, and a length in images.
         validate: returns figures by name; it gets the averaged weights when `ema` is on.
-        score: of an epoch's record, the higher the better; the highest is the best epoch, unless it is -inf.
+        score: of an epoch's record, the higher the better; it picks the best epoch.
         save: `save(name, model, history, **training_state)` writes a checkpoint.
         lr: peak; the first twentieth of the run warms up, then a cosine goes to 0.
         ema: decay of the exponential moving average of the weights per step, 0 for none.
@@ -787,7 +827,7 @@ def fit(
         record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **figures}
         history.append({**record, "images_per_s": speed})
         print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
-        if max(map(score, history)) == score(record) > -math.inf:
+        if score(record) == max(map(score, history)):
             save("best", judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
         save("last", model, history, optimizer=optimizer.state_dict(), **state)
@@ -803,8 +843,6 @@ def fit_classifier(
     classes: Sequence[str],
     label_smoothing: float,
     about: dict,
-    judge_also: Callable[[nn.Module], dict[str, float]] = lambda model: {},
-    accept: Callable[[dict], bool] = lambda record: True,
     **options: object,
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint.
@@ -818,12 +856,7 @@ def fit_classifier(
         classes: what the best checkpoint tells apart. The run may learn more, named in about["classes"].
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
         about: what the checkpoint says of itself, see `checkpoint_writer`.
-        judge_also: returns further figures by name, for the log and for `accept`.
-        accept: says of an epoch's record whether it may be the best.
         options: epochs, lr, weight_decay, ema and resume of `fit`.
-
-    Raises:
-        ValueError: no epoch was accepted as the best.
     """
     kept = [about["classes"].index(name) for name in classes]
 
@@ -835,18 +868,15 @@ def fit_classifier(
         logits = logits[:, kept]
         temperature = fit_temperature(logits, labels)
         figures = judge(logits, labels, temperature)
-        figures = {f"val_{name}": value for name, value in figures.items()}
-        return {**figures, **judge_also(net), "temperature": temperature}
+        return {**{f"val_{name}": value for name, value in figures.items()}, "temperature": temperature}
 
     def score(record: dict) -> float:
-        return -record["val_loss"] if accept(record) else -math.inf
+        return -record["val_loss"]
 
     save = checkpoint_writer(out_dir, **about)
     history = fit(model, criterion, train, validate, score=score, save=save, **options)
     panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
     plot_history(history, panels, out_dir / "curves.png")
-    if not (out_dir / "best.pt").exists():
-        raise ValueError(f"no epoch may be called best, see {out_dir / 'log.jsonl'}; try a lower --lr")
     best = keep_classes(load_checkpoint(out_dir / "best.pt"), classes)
     network = MirrorAveraged(load_network(best)).to(val.device, memory_format=torch.channels_last)
     best["temperature"] = fit_temperature(*evaluate(network, val.eval()))

@@ -105,7 +105,8 @@ def test_default_size_finds_the_small_faces_of_groups(real_data):
 
 
 def test_torch_finds_the_same_faces(faces, sample, without_openvino):
-    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
+    """Where the first two networks run in bfloat16, boxes of 200 pixels differ by one or two."""
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces, pixels=2)
 
 
 def test_find_all_finds_what_find_does_whatever_the_sizes(finder, sample):
