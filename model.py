@@ -1303,18 +1303,26 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
 
 
+CACHE_DAYS = 30  # chosen here; each change of weights or versions leaves 100 MB behind
+
+
 def read_cache(path: Path) -> bytes | None:
     """Read what `write_cache` wrote; None if it is missing, unreadable or not whole."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):
+        path.touch()  # it is in use
     digest, blob = content[:32], content[32:]
     return blob if hashlib.sha256(blob).digest() == digest else None
 
 
 def write_cache(path: Path, blob: bytes) -> None:
-    """Keep `blob` for `read_cache`; where nothing can be kept, it is made again each time."""
+    """Keep `blob` for `read_cache`, and nothing that was not used for CACHE_DAYS.
+
+    Where nothing can be kept, it is made again each time.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1323,6 +1331,9 @@ def write_cache(path: Path, blob: bytes) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+        for other in path.parent.glob("*.bin"):
+            if time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
+                other.unlink()
 
 
 class Classifier:

@@ -1,5 +1,6 @@
 """The face finder beside facenet-pytorch's, and both networks' engines beside torch."""
 
+import os
 import subprocess
 import sys
 
@@ -251,6 +252,16 @@ def test_damaged_cache_is_made_again(faces, sample, cache, damage):
         path.write_bytes(damage(content))
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
     assert all(shared.read_cache(path) for path in contents)
+
+
+def test_cache_forgets_what_was_not_used_for_long(tmp_path):
+    old, used = tmp_path / "old.bin", tmp_path / "used.bin"
+    for path in (old, used):
+        shared.write_cache(path, b"compiled")
+        os.utime(path, (0, 0))
+    assert shared.read_cache(used) == b"compiled"
+    shared.write_cache(tmp_path / "new.bin", b"compiled")
+    assert {path.name for path in tmp_path.iterdir()} == {"new.bin", "used.bin"}
 
 
 def test_cache_that_cannot_be_written_is_no_error(faces, sample, cache):
