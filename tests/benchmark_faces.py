@@ -137,7 +137,7 @@ def main() -> None:
     mtcnn = MTCNN(keep_all=True, min_face_size=MIN_FACE_SIZE)
     network = torchvision.models.resnet50(weights=None).eval()
     network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    finder = shared.FaceFinder(cpu, MIN_FACE_SIZE)
+    finder, by_default = shared.FaceFinder(cpu, MIN_FACE_SIZE), shared.FaceFinder(cpu)
     classifier = shared.Classifier.load(shared.DEFAULT_MODEL, cpu)
     by_torch = shared.MirrorAveraged(shared.load_network(shared.load_checkpoint(shared.DEFAULT_MODEL))).eval()
 
@@ -155,7 +155,7 @@ def main() -> None:
         )
         sides = {
             "original": lambda path=path: original_way(path, mtcnn, network),
-            "ours": lambda path=path: our_way(path, finder, classifier),
+            "ours": lambda path=path: our_way(path, by_default, classifier),
         }
         timing = take_turns(sides, args.repeats)
         report[f"pipeline {path.name}"] = timing
