@@ -292,7 +292,7 @@ def test_images_of_every_mode_are_read(read, portrait, tmp_path):
     records = read("--out-dir", tmp_path / "out", *(tmp_path / name for name in photos))
 
     boxes = [record["faces"][0]["box"] for record in records]
-    np.testing.assert_allclose(boxes, [boxes[0]] * len(boxes), atol=4)  # colour and losses move it a little
+    np.testing.assert_allclose(boxes, [boxes[0]] * len(boxes), atol=6)  # colour and losses move it a little
     copies = {path.name for path in (tmp_path / "out").iterdir()}
     kept = {name.replace(".", "_emotions.") for name in photos if name not in ("cmyk.jpg", "animated.gif")}
     assert copies == kept | {"cmyk_emotions.png", "animated_emotions.png"}

@@ -182,8 +182,13 @@ def test_votes_are_learned_beside_the_labels(tmp_path, fer_dir, options, capsys)
     finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--vote-weight", "1"])
     out = capsys.readouterr().out
     assert "votes: known for 80 images of train" in out
+    last = shared.load_network(shared.load_checkpoint(tmp_path / "run" / "last.pt"))
+    images, labels = shared.load_faces(fer_dir / "test", shared.EMOTIONS)
+    batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
+    assert set(shared.evaluate(last, batches.eval())[0].argmax(1).tolist()) == {
+        shared.EMOTIONS.index("happy")
+    }
     test = json.loads((tmp_path / "run" / "test.json").read_text())
-    assert test["recall"] == {name: float(name == "happy") for name in shared.EMOTIONS}
     assert (
         test["subsets"]["with 6 of FER+'s 10 votes"]["n"] == test["subsets"]["not in another split"]["n"] / 5
     )
