@@ -66,21 +66,22 @@ def pick_classes(learned: Sequence[str], wanted: Sequence[str]) -> tuple[str, ..
     return kept
 
 
-def load_votes(path: Path, rows: Sequence[int], classes: Sequence[str]) -> Tensor:
+def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Tensor:
     """Read FER+'s votes from unpack_fer_data.py's votes.csv, (N, C) float32; without a file they are 0.
 
     Args:
-        rows: of FER's table, N; the images are named after them.
+        faces: N images, named after the rows of FER's table.
 
     Raises:
         ValueError: a row or a class is not in the file.
     """
     if not path.exists():
-        return torch.zeros(len(rows), len(classes))
+        return torch.zeros(len(faces), len(classes))
     with path.open(newline="", encoding="utf-8") as file:
         votes = {int(line["row"]): line for line in csv.DictReader(file)}
     try:
-        return torch.tensor([[float(votes[row][name]) for name in classes] for row in rows])
+        rows = [votes[int(face.stem)] for face in faces]
+        return torch.tensor([[float(row[name]) for name in classes] for row in rows])
     except KeyError as error:
         raise ValueError(f"{path} has no votes for {error}; unpack anew, or remove the file") from None
 
@@ -92,10 +93,8 @@ def load_split(folder: Path, classes: Sequence[str], limit: int | None) -> Faces
         ValueError: a class has no images, or votes.csv does not fit.
     """
     images, labels = shared.load_faces(folder, classes, limit)
-    votes_path = folder.parent / "votes.csv"
-    names = [path.stem for path in shared.list_faces(folder, classes, limit)]
-    rows = [int(name) for name in names] if votes_path.exists() else names
-    return Faces(images, labels, load_votes(votes_path, rows, classes))
+    faces = shared.list_faces(folder, classes, limit)
+    return Faces(images, labels, load_votes(folder.parent / "votes.csv", faces, classes))
 
 
 def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
@@ -230,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classes = best["classes"]
     faces = load_split(args.data_dir / split, classes, args.limit)
     folders = [args.data_dir / other for other in SPLITS if other != split]
-    others = torch.cat([load_split(folder, find_classes(folder), None).images for folder in folders])
+    others = torch.cat([shared.load_faces(folder, find_classes(folder))[0] for folder in folders])
     sure = faces.votes.gather(1, faces.labels[:, None])[:, 0] >= SURE_VOTES
     subsets = {
         "not in another split": ~find_copies(faces.images, others),

@@ -165,10 +165,9 @@ class FaceFinder:
         found, groups = [NO_FACES] * len(images), {}
         for i, image in enumerate(images):
             groups.setdefault(image.size, []).append(i)
-        with one_torch_thread():
-            for group in groups.values():
-                for i, faces in zip(group, self._search([images[i] for i in group]), strict=True):
-                    found[i] = faces
+        for group in groups.values():
+            for i, faces in zip(group, self._search([images[i] for i in group]), strict=True):
+                found[i] = faces
         return found
 
     def refine(self, image: Image.Image, boxes: np.ndarray) -> Faces:
@@ -193,7 +192,8 @@ class FaceFinder:
         min_pixels = self.min_face_size
         if min_pixels < 1:
             min_pixels = max(min_pixels * size.min(), MIN_FACE_PIXELS)
-        scales, levels = pyramid(images, PNET_WINDOW / min_pixels)
+        with one_torch_thread():
+            scales, levels = pyramid(images, PNET_WINDOW / min_pixels)
         boxes, probs, owners = self._propose(scales[FINER_LEVELS:], levels[FINER_LEVELS:])
         kept = distinct(boxes, probs, owners)
         boxes, owners = boxes[kept], owners[kept]
@@ -256,10 +256,9 @@ def mtcnn_engine(name: str, size: int | None, device: torch.device) -> "Engine":
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Let torch's small steps between two runs of an engine take one thread.
+    """Let torch's steps ahead of an OpenVINO engine take one thread.
 
-    More would spin when they are done, on the cores that the engine then wants: finding faces in a 960x960
-    montage took 92 ms with two threads, 73 with one (medians of 7, two cores).
+    More would spin when they are done, on the cores that the engine then wants.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

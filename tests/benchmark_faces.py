@@ -48,8 +48,8 @@ def take_turns(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))
-    first, *_, last = [*times.values()] * 2 if len(times) == 1 else times.values()
-    ratio = statistics.median(a / b for a, b in zip(first, last, strict=True))
+    turns = list(zip(*times.values(), strict=True))
+    ratio = statistics.median(turn[0] / turn[-1] for turn in turns)
     return {**{name: statistics.median(values) for name, values in times.items()}, "ratio": ratio}
 
 

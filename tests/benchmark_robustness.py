@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -88,7 +89,7 @@ def main() -> None:
     images, labels = shared.load_faces(args.data_dir / args.split, classifier.classes, args.limit)
     accuracies = {}
     for name, harm in HARMS.items():
-        crops = [shared.Image.fromarray(harm(image[0].numpy())) for image in images]
+        crops = [Image.fromarray(harm(image[0].numpy())) for image in images]
         probs = np.concatenate(
             [classifier.predict_crops(crops[i : i + 64]) for i in range(0, len(crops), 64)]
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import detect_emotions
 import model as shared
 
 ROOT = Path(__file__).parent.parent
@@ -66,3 +67,19 @@ def fer_dir(tmp_path: Path) -> Path:
     for split, per_class in (("train", 16), ("val", 5), ("test", 6)):
         make_faces(tmp_path / "fer" / split, per_class)
     return tmp_path / "fer"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run detect_emotions.py and return its exit code, stdout and stderr."""
+
+    def run(*args):
+        code, message = 0, ""
+        try:
+            detect_emotions.main([str(arg) for arg in args])
+        except SystemExit as stop:
+            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err + message
+
+    return run

@@ -26,7 +26,6 @@ from detect_emotions import (
     draw_faces,
     fit_font,
     label_size,
-    main,
     overlaps,
     place_labels,
     text_color,
@@ -63,22 +62,6 @@ def portrait():
     """The sample's astronaut at half the size: one face, not square."""
     with Image.open(SAMPLE) as image:
         return image.resize((220, 240), box=(0, 0, 440, 480))
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the script and return its exit code, stdout and stderr."""
-
-    def run(*args):
-        code, message = 0, ""
-        try:
-            main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err + message
-
-    return run
 
 
 @pytest.fixture
@@ -292,7 +275,9 @@ def test_images_of_every_mode_are_read(read, portrait, tmp_path):
     records = read("--out-dir", tmp_path / "out", *(tmp_path / name for name in photos))
 
     boxes = [record["faces"][0]["box"] for record in records]
-    np.testing.assert_allclose(boxes, [boxes[0]] * len(boxes), atol=6)  # colour and losses move it a little
+    np.testing.assert_allclose(
+        boxes, [np.median(boxes, 0)] * len(boxes), atol=4
+    )  # colour and losses move it a little
     copies = {path.name for path in (tmp_path / "out").iterdir()}
     kept = {name.replace(".", "_emotions.") for name in photos if name not in ("cmyk.jpg", "animated.gif")}
     assert copies == kept | {"cmyk_emotions.png", "animated_emotions.png"}

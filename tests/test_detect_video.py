@@ -34,7 +34,6 @@ from detect_emotions import (
     in_background,
     is_cut,
     leave_out_finished,
-    main,
     match_boxes,
     plan_outputs,
     seconds,
@@ -63,22 +62,6 @@ def moving(astronaut):
             yield image
 
     return moving
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the script and return its exit code, stdout and stderr."""
-
-    def run(*args):
-        code, message = 0, ""
-        try:
-            main([str(arg) for arg in args])
-        except SystemExit as stop:
-            code, message = (1, stop.code) if isinstance(stop.code, str) else (stop.code, "")
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err + message
-
-    return run
 
 
 def write_video(

@@ -227,7 +227,7 @@ def test_the_head_is_new_for_other_classes_and_kept_for_the_same():
 
 
 def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_data, capsys):
-    """The README says 82.0 % of the five-class PrivateTest; other CPUs may round a face or two otherwise."""
+    """At least 82 % of the five-class PrivateTest; the README says by how much more."""
     unpack_fer_data.main([str(real_data / "fer2013.csv.xz"), "--out-dir", str(tmp_path / "fer")])
     finetune_fer.main(
         [
@@ -241,7 +241,7 @@ def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_da
     )
     test = json.loads((tmp_path / "test.json").read_text())
     assert test["n"] == 2423
-    assert test["acc"] >= 0.815
+    assert test["acc"] >= 0.82
     assert min(test["recall"].values()) > 0.5
     assert test["ece"] < 0.05
     assert shared.DEFAULT_MODEL.stat().st_size < 50_000_000
