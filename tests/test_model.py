@@ -204,6 +204,17 @@ def test_mixup_blends_images_and_targets_by_the_same_share():
     for epoch in range(1, 9):
         [(inputs, targets)] = batches.train(epoch)
         brighter = inputs.mean((1, 2, 3)).argmax()
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_with_bfloat16_instructions_trains_in_it(monkeypatch, name):
+    a, device = torch.ones(2, 2), torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    with shared.autocast(device):
+        assert (a @ a).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with shared.autocast(device):
+        assert (a @ a).dtype == torch.float32
+
+
         assert targets[:, 1].argmax() == brighter
     assert next(target for _, target in batches.eval()).equal(labels)
 
