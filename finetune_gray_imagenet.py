@@ -96,7 +96,7 @@ class ImagePairs:
         for indices in torch.randperm(len(self), generator=generator).split(self.batch_size):
             images = self.images[indices].to(self.device).float() / 255
             size = images.shape[-1]
-            yield self._pair(shared.warp(images, size, generator, degrees=0, shift=0.1, scale=0.25))
+            yield self._pair(shared.warp(images, size, generator, degrees=0, shift=0.1, zoom=(0.75, 1.25)))
 
     def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images once, in order, as they are."""

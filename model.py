@@ -594,7 +594,13 @@ def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Ge
 
 
 def warp(
-    images: Tensor, size: int, generator: torch.Generator, *, degrees: float, shift: float, scale: float
+    images: Tensor,
+    size: int,
+    generator: torch.Generator,
+    *,
+    degrees: float,
+    shift: float,
+    zoom: tuple[float, float],
 ) -> Tensor:
     """Mirror, turn, move and scale each image of a batch at random, in one resampling to `size` pixels.
 
@@ -602,14 +608,14 @@ def warp(
         images: (N, C, H, W) float, square.
         degrees: largest rotation to either side.
         shift: largest move along each axis, as a share of the side.
-        scale: largest relative change of size, 0.1 for 0.9-1.1.
+        zoom: least and largest scale; under 1 the border's pixels fill what lacks.
     """
     n = len(images)
     angle = torch.deg2rad(uniform((n,), -degrees, degrees, generator))
-    zoom = uniform((n,), 1 - scale, 1 + scale, generator)
+    scale = uniform((n,), *zoom, generator)
     mirror = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
     move = uniform((n, 2), -2 * shift, 2 * shift, generator)  # the grid's unit is half a side
-    cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     theta = torch.stack(  # (N, 2, 3), from output to input coordinates
         [torch.stack([cos * mirror, -sin, move[:, 0]], 1), torch.stack([sin * mirror, cos, move[:, 1]], 1)], 1
     ).to(images.device)
@@ -617,20 +623,35 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
+def compress(images: Tensor, quality: int) -> Tensor:
+    """Store uint8 images (N, 1, H, W) as JPEG and read them again."""
+    stored = []
+    for image in images[:, 0].cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+        stored.append(np.asarray(Image.open(buffer)))
+    return torch.from_numpy(np.stack(stored))[:, None].to(images.device)
+
+
 def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Turn uint8 faces (N, 1, H, W) into varied, normalised network input (N, 1, size, size).
 
-    Coarsening (a seventh of the images), mirroring, rotation, shift, scaling, contrast, brightness, and
-    cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here, cover how detectors crop.
+    JPEG artefacts (a quarter of the images), coarsening (a quarter), mirroring, rotation, shift, scaling,
+    contrast, brightness, and cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here,
+    cover how detectors crop.
     """
     n, device = len(images), images.device
+    stored = torch.rand(n, generator=generator) < 1 / 4
+    if stored.any():
+        images = images.clone()
+        images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
     images = images.float() / 255
-    coarse = torch.rand(n, generator=generator) < 1 / 7
+    coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
         coarse_size = int(torch.randint(16, 40, (1,), generator=generator))
         small = F.interpolate(images[coarse], coarse_size, mode="bilinear", antialias=True)
         images[coarse] = F.interpolate(small, images.shape[-1], mode="bilinear", align_corners=False)
-    images = warp(images, size, generator, degrees=15, shift=0.08, scale=0.15)
+    images = warp(images, size, generator, degrees=15, shift=0.1, zoom=(0.7, 1.15))
     contrast = uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
     brightness = uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
     means = images.mean((1, 2, 3), keepdim=True)

@@ -140,7 +140,7 @@ def test_load_faces_names_a_missing_class(fer_dir):
 
 def test_warp_without_freedom_only_mirrors():
     images = torch.rand(32, 1, 24, 24)
-    warped = shared.warp(images, 24, torch.Generator().manual_seed(0), degrees=0, shift=0, scale=0)
+    warped = shared.warp(images, 24, torch.Generator().manual_seed(0), degrees=0, shift=0, zoom=(1, 1))
     same = [torch.allclose(a, b, atol=1e-5) for a, b in zip(warped, images, strict=True)]
     mirrored = [torch.allclose(a, b.flip(-1), atol=1e-5) for a, b in zip(warped, images, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
@@ -150,7 +150,9 @@ def test_warp_without_freedom_only_mirrors():
 def test_warp_stays_within_its_ranges():
     images = torch.zeros(200, 1, 101, 101)
     images[:, :, 48:53, 48:53] = 1  # a dot in the middle: where it lands is the shift
-    warped = shared.warp(images, 101, torch.Generator().manual_seed(0), degrees=30, shift=0.1, scale=0.2)
+    warped = shared.warp(
+        images, 101, torch.Generator().manual_seed(0), degrees=30, shift=0.1, zoom=(0.8, 1.2)
+    )
     pixels = torch.linspace(-0.5, 0.5, 101)
     mass = warped.sum((1, 2, 3))
     across = (warped.sum((1, 2)) * pixels).sum(1) / mass
@@ -173,6 +175,18 @@ def test_augment_faces_varies_but_keeps_type_and_range():
     assert low - 1e-5 <= first.min() < first.max() <= high + 1e-5
 
 
+def test_compress_leaves_jpeg_artefacts_of_the_quality():
+    faces = torch.randint(
+        0, 256, (3, 1, 48, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    errors = [
+        (shared.compress(faces, quality).float() - faces.float()).square().mean() for quality in (95, 30)
+    ]
+    assert 0 < errors[0] < errors[1] / 4
+    flat = torch.full((2, 1, 48, 48), 90, dtype=torch.uint8)
+    assert (shared.compress(flat, 30).int() - flat.int()).abs().max() <= 2
+
+
 def test_epoch_order_without_balance_is_a_permutation():
     labels = torch.tensor([0] * 90 + [1] * 10)
     order = shared.epoch_order(labels, 0.0, torch.Generator().manual_seed(0))
@@ -190,6 +204,17 @@ def test_epoch_order_balances_and_treats_a_class_evenly():
         assert all(draws[labels == c].max() - draws[labels == c].min() <= 1 for c in (0, 1))
 
 
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
+def test_a_cpu_with_bfloat16_instructions_trains_in_it(monkeypatch, name):
+    a, device = torch.ones(2, 2), torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+    with shared.autocast(device):
+        assert (a @ a).dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with shared.autocast(device):
+        assert (a @ a).dtype == torch.float32
+
+
 # --- judging ---
 
 
@@ -204,17 +229,6 @@ def test_mixup_blends_images_and_targets_by_the_same_share():
     for epoch in range(1, 9):
         [(inputs, targets)] = batches.train(epoch)
         brighter = inputs.mean((1, 2, 3)).argmax()
-@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16"])
-def test_a_cpu_with_bfloat16_instructions_trains_in_it(monkeypatch, name):
-    a, device = torch.ones(2, 2), torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
-    with shared.autocast(device):
-        assert (a @ a).dtype == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    with shared.autocast(device):
-        assert (a @ a).dtype == torch.float32
-
-
         assert targets[:, 1].argmax() == brighter
     assert next(target for _, target in batches.eval()).equal(labels)
 
