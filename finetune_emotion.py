@@ -532,7 +532,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         batch_size=64,
         lr=1e-4,
         weight_decay=0.05,
-        image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
     shared.add_freezing_options(parser, unfreeze=["layer4", "fc"])
@@ -546,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-    classes = start["classes"]
+    classes, image_size = start["classes"], args.image_size or start["image_size"]
     records = cut_photos(
         args.data_dir,
         args.faces_dir,
@@ -568,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step 
 
     def batches(images: Tensor, labels: Tensor, batch_size: int = args.batch_size) -> shared.FaceBatches:
         options = {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-        return shared.FaceBatches(images, labels, batch_size, args.image_size, device, **options)
+        return shared.FaceBatches(images, labels, batch_size, image_size, device, **options)
 
     net = shared.load_network(start).to(device, memory_format=torch.channels_last)
     is_learned = ~faces.is_val
@@ -613,7 +612,7 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step 
     about = {
         **{key: start[key] for key in ("arch", "classes", "crop_margin")},
         "stage": "emotion",
-        "image_size": args.image_size,
+        "image_size": image_size,
         "config": shared.plain_config(args),
     }
     best = shared.fit_classifier(

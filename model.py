@@ -1480,7 +1480,7 @@ def add_training_options(
     batch_size: int,
     lr: float,
     weight_decay: float,
-    image_size: int,
+    image_size: int | None = None,
 ) -> None:
     """Add what all finetune_*.py scripts understand, with a stage's own defaults."""
     add = parser.add_argument
@@ -1491,7 +1491,7 @@ def add_training_options(
         type=number(int, 32, 512),
         default=image_size,
         metavar="PX",
-        help="input side, pixels (default: %(default)s)",
+        help=f"input side, pixels (default: {image_size or 'that of --init'})",
     )
     add(
         "--epochs",
