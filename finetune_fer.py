@@ -160,14 +160,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser,
         data_dir="data/fer",
         out_dir="runs/fer",
-        epochs=12,
+        epochs=10,
         batch_size=64,
         lr=3e-4,
         weight_decay=0.05,
         image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
-    parser.set_defaults(balance=0.5, ema=0.998)  # as the shipped model was trained
+    # As the shipped model was trained.
+    parser.set_defaults(balance=0.5, ema=0.998, mixup=0.2, label_smoothing=0.05)
     return shared.parse_with_resume(parser, argv, stage="fer")
 
 
@@ -235,11 +236,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "not in another split": ~find_copies(faces.images, others),
         f"with {SURE_VOTES} of FER+'s 10 votes": sure,
     }
-    net = shared.MirrorAveraged(shared.load_network(best)).to(device, memory_format=torch.channels_last)
+    net = shared.load_network(best).to(device, memory_format=torch.channels_last)
     batches = feed(faces, best["image_size"])
-    plain = shared.judge(*shared.evaluate(net.model, batches.eval()), best["temperature"])
-    print(f"{split}: accuracy {plain['acc']:.2%} without averaging over mirror images")
     logits, labels = shared.evaluate(net, batches.eval())
+    batches.images = batches.images.flip(-1)
+    averaged = (logits + shared.evaluate(net, batches.eval())[0]) / 2
+    accuracy = shared.judge(averaged, labels)["acc"]
+    print(f"{split}: accuracy {accuracy:.2%} averaged over mirror images, at twice the cost")
     shared.report(
         split,
         logits,

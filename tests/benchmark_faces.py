@@ -139,7 +139,7 @@ def main() -> None:
     network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     finder, by_default = shared.FaceFinder(cpu, MIN_FACE_SIZE), shared.FaceFinder(cpu)
     classifier = shared.Classifier.load(shared.DEFAULT_MODEL, cpu)
-    by_torch = shared.MirrorAveraged(shared.load_network(shared.load_checkpoint(shared.DEFAULT_MODEL))).eval()
+    by_torch = shared.load_network(shared.load_checkpoint(shared.DEFAULT_MODEL)).eval()
 
     paths = [ROOT / "resources" / "sample.jpg", *(args.photos / name for name in PHOTOS)]
     for path in filter(Path.exists, paths):

@@ -184,7 +184,7 @@ def test_predict_agrees_with_torch(faces, sample, monkeypatch):
     np.testing.assert_allclose(probs, expected, atol=0.05)
 
     checkpoint = shared.load_checkpoint(shared.DEFAULT_MODEL)
-    network = shared.MirrorAveraged(shared.load_network(checkpoint)).eval()
+    network = shared.load_network(checkpoint).eval()
     crops = shared.crop_faces(sample, faces.boxes, checkpoint["crop_margin"])
     grays = [torch.tensor(np.asarray(crop.convert("L")))[None, None] for crop in crops]
     with torch.inference_mode():
