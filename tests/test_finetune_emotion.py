@@ -366,7 +366,7 @@ def test_fer_is_learned_again_and_reported(tmp_path, fer_dir, options, capsys):
     assert "FER: 32 images (angry 16, happy 16)" in out
     row = next(line for line in out.splitlines() if line.startswith("FER test  after"))
     assert row.split()[3:5] == ["12", f"{results['after']['FER test']['acc']:.1%}"]
-    assert "100% of the way: FER val" in out
+    assert "50% of the way: FER val" in out
 
 
 def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoint):
