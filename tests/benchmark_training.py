@@ -1,12 +1,13 @@
-"""Measure what feeding the net costs: images/s of the whole training loop beside the bare steps.
+"""Measure what feeding the net costs, and what bfloat16 saves: images/s of training in three ways.
 
-Whole is `model.fit` on faces in memory; bare is forward, backward and optimizer step on one fixed batch. They
-take turns, so that a change of the machine's mood meets both.
+Whole is `model.fit` on faces in memory; bare is forward, backward and optimizer step on one fixed batch, as
+the device does it best and in float32. They take turns, so that a change of the machine's mood meets all.
 
 Usage: python tests/benchmark_training.py [--arch resnet50_v1] [--steps 12] [--repeats 5]
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -21,14 +22,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as shared
 
 
-def time_bare_steps(net: torch.nn.Module, inputs: Tensor, labels: Tensor, steps: int) -> float:
+def time_bare_steps(
+    net: torch.nn.Module, inputs: Tensor, labels: Tensor, steps: int, *, in_float32: bool = False
+) -> float:
     """Train on one batch again and again; return images/s."""
     optimizer = shared.build_optimizer(net, weight_decay=0.05)
     shared.train_mode(net)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
     start = time.perf_counter()
     for _ in range(steps):
-        with shared.autocast(inputs.device):
+        with contextlib.nullcontext() if in_float32 else shared.autocast(inputs.device):
             loss = F.cross_entropy(net(inputs), labels)
         loss.backward()
         optimizer.step()
@@ -73,16 +76,33 @@ def main() -> None:
     data = shared.FaceBatches(faces, labels, args.batch_size, args.image_size, device)
     batch = next(data.train(0))
     time_bare_steps(net, *batch, steps=3)  # warm-up
-    pairs = []
+    turns = []
     for _ in range(args.repeats):
-        pairs.append((time_bare_steps(net, *batch, args.steps), time_whole_loop(net, data)))
-        bare, whole = pairs[-1]
-        print(f"bare {bare:.1f} images/s, whole {whole:.1f} images/s, feeding costs {1 - whole / bare:.1%}")
-    bare, whole = (statistics.median(side) for side in zip(*pairs, strict=True))
-    share = statistics.median(1 - whole / bare for bare, whole in pairs)
-    print(f"median: bare {bare:.1f}, whole {whole:.1f} images/s; feeding costs {share:.1%} of the loop")
+        in_float32 = time_bare_steps(net, *batch, args.steps, in_float32=True)
+        turns.append((time_bare_steps(net, *batch, args.steps), time_whole_loop(net, data), in_float32))
+        print(
+            "bare {:.1f} images/s, whole {:.1f} images/s, bare in float32 {:.1f} images/s".format(*turns[-1])
+        )
+    bare, whole, in_float32 = (statistics.median(side) for side in zip(*turns, strict=True))
+    share = statistics.median(1 - whole / bare for bare, whole, _ in turns)
+    ratio = statistics.median(bare / in_float32 for bare, _, in_float32 in turns)
+    print(
+        f"median: bare {bare:.1f}, whole {whole:.1f} images/s; feeding costs {share:.1%} of the loop; "
+        f"float32 {in_float32:.1f} images/s, {ratio:.2f} times as slow"
+    )
     machine = {"device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps({**vars(args), **machine, "bare": bare, "whole": whole, "feeding_share": share}))
+    print(
+        json.dumps(
+            {
+                **vars(args),
+                **machine,
+                "bare": bare,
+                "whole": whole,
+                "feeding_share": share,
+                "float32": in_float32,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
