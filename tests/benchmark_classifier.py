@@ -9,8 +9,10 @@ Usage: python tests/benchmark_classifier.py [--archs resnet18 resnet50] [--image
 
 import argparse
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +64,8 @@ def main() -> None:
     device = shared.pick_device(args.device)
     faces = [Image.effect_noise((100, 100), 50) for _ in range(NUM_FACES)]
     results = {}
+    cache = tempfile.TemporaryDirectory()
+    os.environ["XDG_CACHE_HOME"] = cache.name  # the user's has no use for networks of random weights
     for arch in args.archs:
         for size in args.image_sizes:
             net = shared.gray_resnet(arch, len(shared.EMOTIONS))
