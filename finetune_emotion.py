@@ -618,6 +618,9 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step 
         "image_size": image_size,
         "config": shared.plain_config(args),
     }
+    best_path, undrawn_path = args.out_dir / "best.pt", args.out_dir / "undrawn.pt"
+    if args.resumed and undrawn_path.exists():
+        undrawn_path.replace(best_path)
     best = shared.fit_classifier(
         net,
         train,
@@ -628,9 +631,8 @@ def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step 
         about=about,
         **shared.fit_options(args),
     )
-    best_path = args.out_dir / "best.pt"
     if args.mix:
-        best_path.unlink()  # what forgot too much must not be taken for the best
+        best_path.replace(undrawn_path)  # what forgot too much must not be taken for the best
         best = draw_back(
             best, start, val, sets["FER val"], results["before"]["FER val"]["acc"] - args.max_loss / 100
         )

@@ -383,6 +383,16 @@ def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoin
         finetune_emotion.draw_back(trained, start, val, val, 1.1)
 
 
+def test_resuming_a_finished_run_draws_back_no_further(tmp_path, fer_dir, options):
+    options = [option for option in options if option != "--no-mix"]
+    finetune_emotion.main([*options, "--mix", str(fer_dir), "--max-loss", "100"])
+    best, undrawn = (shared.load_checkpoint(tmp_path / "run" / f"{name}.pt") for name in ("best", "undrawn"))
+    assert not best["model"]["fc.weight"].equal(undrawn["model"]["fc.weight"])
+    finetune_emotion.main(["--resume", str(tmp_path / "run" / "last.pt")])
+    again = shared.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert all(value.equal(again["model"][name]) for name, value in best["model"].items())
+
+
 def test_a_model_that_forgot_fer_is_not_called_best(tmp_path, fer_dir, options, monkeypatch):
     monkeypatch.setattr(finetune_emotion, "BLENDS", ())  # as if none of them went back far enough
     with pytest.raises(SystemExit) as stop:
