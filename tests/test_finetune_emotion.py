@@ -385,6 +385,7 @@ def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoin
 
 def test_resuming_a_finished_run_draws_back_no_further(tmp_path, fer_dir, options):
     options = [option for option in options if option != "--no-mix"]
+    options += ["--batch-size", "1", "--lr", "0.01"]  # two steps, for the first of all has a rate of 0
     finetune_emotion.main([*options, "--mix", str(fer_dir), "--max-loss", "100"])
     best, undrawn = (shared.load_checkpoint(tmp_path / "run" / f"{name}.pt") for name in ("best", "undrawn"))
     assert not best["model"]["fc.weight"].equal(undrawn["model"]["fc.weight"])
