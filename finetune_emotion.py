@@ -536,7 +536,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.05,
     )
     shared.add_classifier_options(parser)
-    shared.add_freezing_options(parser, unfreeze=["layer4", "fc"])
+    shared.add_freezing_option(parser, unfreeze=["layer4", "fc"])
+    shared.add_split_option(parser)
     parser.set_defaults(balance=1.0)  # a search brings few disgusted faces, and they are what FER lacks
     return shared.parse_with_resume(parser, argv, stage="emotion")
 

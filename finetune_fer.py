@@ -113,12 +113,17 @@ def find_copies(images: Tensor, others: Tensor) -> Tensor:
 
 
 def build_model(checkpoint: dict, classes: Sequence[str]) -> nn.Module:
-    """Build an earlier run's network with its weights; its head is kept only if it told `classes` apart."""
+    """Build an earlier run's network with its weights; classes that it did not know start untrained."""
     net = shared.gray_resnet(checkpoint["arch"], len(classes))
-    new_head = tuple(checkpoint["classes"]) != tuple(classes)
-    shared.init_from(net, checkpoint["model"], new_head)
-    if new_head:
-        print("new, untrained: fc.weight, fc.bias")
+    head = {name: value.clone() for name, value in net.fc.state_dict(prefix="fc.").items()}
+    known = [name for name in classes if name in checkpoint["classes"]]
+    if known:
+        kept = shared.keep_classes(checkpoint, known)["model"]
+        for name, value in head.items():
+            value[[classes.index(emotion) for emotion in known]] = kept[name]
+    shared.init_from(net, {**checkpoint["model"], **head})
+    if len(known) < len(classes):
+        print(f"new, untrained: what fc makes of {', '.join(name for name in classes if name not in known)}")
     return net
 
 
@@ -167,6 +172,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         image_size=shared.IMAGE_SIZE,
     )
     shared.add_classifier_options(parser)
+    shared.add_freezing_option(parser, unfreeze=shared.PARTS)
     # As the shipped model was trained.
     parser.set_defaults(balance=0.5, ema=0.998, mixup=0.2, label_smoothing=0.05)
     return shared.parse_with_resume(parser, argv, stage="fer")
@@ -195,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train = feed(train_faces, args.image_size)
         val = feed(load_split(args.data_dir / "val", classes, args.limit), args.image_size)
         print(f"starting from {args.init}")
-        start = shared.load_checkpoint(args.init, stages=("gray", "fer"))
+        start = shared.load_checkpoint(args.init)
         net = build_model(start, learned).to(device, memory_format=torch.channels_last)
+        shared.freeze_except(net, args.unfreeze)
         data = {
             "train": train.describe(learned),
             "val": val.describe(classes),

@@ -161,7 +161,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         weight_decay=0.0,
         image_size=128,
     )
-    shared.add_freezing_options(parser, unfreeze=["conv1"])
+    shared.add_freezing_option(parser, unfreeze=["conv1"])
+    shared.add_split_option(parser)
     return shared.parse_with_resume(parser, argv, stage="gray")
 
 

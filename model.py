@@ -416,6 +416,7 @@ def crop_faces(image: Image.Image, boxes: np.ndarray, margin: float) -> list[Ima
 # resnet50_v1 has the stride where the original paper has it, on the first 1x1 convolution of a stage
 # (He et al. 2015; weights converted from Caffe want this). torchvision's resnet50 has it on the 3x3.
 ARCHS = ("resnet18", "resnet34", "resnet50", "resnet50_v1")
+PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")  # that have weights
 
 
 class GrayStem(nn.Conv2d):
@@ -1152,19 +1153,17 @@ def checkpoint_writer(out_dir: Path, **about: object) -> Callable[..., None]:
     return save
 
 
-def init_from(model: nn.Module, weights: dict[str, Tensor], new_head: bool) -> None:
-    """Load an earlier stage's weights in place: all but the head with `new_head`, else everything.
+def init_from(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load an earlier stage's weights in place.
 
     Raises:
-        ValueError: names or shapes differ otherwise, for example because the architecture does.
+        ValueError: names or shapes differ, for example because the architecture does.
     """
-    head = {"fc.weight", "fc.bias"} if new_head else set()
-    weights = {name: value for name, value in weights.items() if name not in head}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"the initial weights do not fit: {str(error).splitlines()[1].strip()}") from None
-    if set(missing) != head or unexpected:
+    if missing or unexpected:
         raise ValueError(
             f"the initial weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
@@ -1531,15 +1530,19 @@ def add_training_options(
     add_device_option(parser)
 
 
-def add_freezing_options(parser: argparse.ArgumentParser, unfreeze: Sequence[str]) -> None:
-    """Add what the stages understand that let only parts of the network learn and split their own data."""
+def add_freezing_option(parser: argparse.ArgumentParser, unfreeze: Sequence[str]) -> None:
+    """Add what lets only parts of the network learn."""
     parser.add_argument(
         "--unfreeze",
         nargs="+",
-        default=unfreeze,
+        default=list(unfreeze),
         metavar="PART",
-        help=f"parts that learn, of conv1 bn1 layer1 layer2 layer3 layer4 fc (default: {' '.join(unfreeze)})",
+        help=f"parts that learn, of {' '.join(PARTS)} (default: {' '.join(unfreeze)})",
     )
+
+
+def add_split_option(parser: argparse.ArgumentParser) -> None:
+    """Add what the stages understand that split their own data."""
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0, 0.9),

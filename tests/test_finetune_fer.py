@@ -218,12 +218,31 @@ def test_copies_in_other_splits_are_judged_apart(tmp_path, fer_dir, options, cap
     assert test["subsets"]["not in another split"]["n"] == 26
 
 
-def test_the_head_is_new_for_other_classes_and_kept_for_the_same():
+def test_the_head_keeps_what_it_knows_and_is_new_for_the_rest(capsys):
     torch.manual_seed(0)
     net = shared.gray_resnet("resnet18", 2)
     checkpoint = {"arch": "resnet18", "classes": ["angry", "happy"], "model": net.state_dict()}
     assert finetune_fer.build_model(checkpoint, ("angry", "happy")).fc.weight.equal(net.fc.weight)
-    assert finetune_fer.build_model(checkpoint, ("angry", "happy", "sad")).fc.weight.shape == (3, 512)
+    assert "untrained" not in capsys.readouterr().out
+    wider = finetune_fer.build_model(checkpoint, ("angry", "disgusted", "happy")).fc
+    assert wider.weight[[0, 2]].equal(net.fc.weight)
+    assert wider.bias[[0, 2]].equal(net.fc.bias)
+    assert "untrained: what fc makes of disgusted\n" in capsys.readouterr().out
+
+
+def test_a_trained_model_learns_on_in_the_parts_that_are_named(tmp_path, options):
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "first")])
+    first = tmp_path / "first" / "best.pt"
+    before = shared.load_checkpoint(first)
+    shared.save_checkpoint(first, {**before, "stage": "emotion"})
+    finetune_fer.main(
+        [*options, "--init", str(first), "--unfreeze", "layer4", "fc", "--out-dir", str(tmp_path / "second")]
+    )
+    after = shared.load_checkpoint(tmp_path / "second" / "best.pt")
+    assert after["stage"] == "fer"
+    for name, value in after["model"].items():
+        frozen = not name.startswith(("layer4", "fc"))
+        assert value.equal(before["model"][name]) == frozen or "num_batches" in name, name
 
 
 def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_data, capsys):

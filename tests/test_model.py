@@ -322,17 +322,19 @@ main()
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_init_from_wants_all_but_the_head():
-    net = shared.gray_resnet("resnet18", 5)
-    backbone = shared.gray_resnet("resnet18", 0).state_dict()
-    shared.init_from(net, backbone, new_head=True)
-    assert net.layer1[0].conv1.weight.equal(backbone["layer1.0.conv1.weight"])
-    with pytest.raises(ValueError, match="do not fit"):
-        shared.init_from(net, backbone, new_head=False)
-    with pytest.raises(ValueError, match="do not fit"):
-        shared.init_from(net, {**backbone, "layer9.weight": torch.zeros(1)}, new_head=True)
-    with pytest.raises(ValueError, match="do not fit"):
-        shared.init_from(net, shared.gray_resnet("resnet34", 0).state_dict(), new_head=True)
+def test_init_from_wants_every_weight_and_no_other():
+    net, other = shared.gray_resnet("resnet18", 5), shared.gray_resnet("resnet18", 5)
+    weights = other.state_dict()
+    shared.init_from(net, weights)
+    assert net.layer1[0].conv1.weight.equal(other.layer1[0].conv1.weight)
+    for wrong in (
+        shared.gray_resnet("resnet18", 0).state_dict(),
+        {**weights, "layer9.weight": torch.zeros(1)},
+        shared.gray_resnet("resnet34", 5).state_dict(),
+        shared.gray_resnet("resnet18", 6).state_dict(),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            shared.init_from(net, wrong)
 
 
 # --- inference ---
