@@ -216,15 +216,26 @@ def stands_in(hashes: np.ndarray, others: np.ndarray) -> Tensor:
     return torch.from_numpy(distances <= DUPLICATE_BITS)
 
 
-def split_groups(labels: Tensor, groups: Tensor, val_fraction: float, seed: int) -> Tensor:
-    """Choose at random which faces are held out, (N,) bool: whole groups, of each class its share."""
+def split_groups(
+    labels: Tensor, groups: Tensor, names: Sequence[str], val_fraction: float, seed: int
+) -> Tensor:
+    """Choose which faces are held out, (N,) bool: whole groups, of each class its share.
+
+    Which come first follows from `seed` and the faces' `names` alone: photos that come or go move hardly any
+    others to the other side, and a run from an earlier one's model is judged by what neither has learned.
+    """
+    lowest = {}
+    for group, name in zip(groups.tolist(), names, strict=True):
+        lowest[group] = min(name, lowest.get(group, name))
+    order = sorted(lowest, key=lambda group: hashlib.sha256(f"{seed} {lowest[group]}".encode()).digest())
     missing = [round(count * val_fraction) for count in torch.bincount(labels).tolist()]
     is_val = torch.zeros(len(labels), dtype=torch.bool)
-    for first in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
-        members = groups == groups[first]
-        if not is_val[first] and members.sum() <= missing[labels[first]]:
+    for group in order:
+        members = groups == group
+        label = labels[members][0]
+        if members.sum() <= missing[label]:
             is_val |= members
-            missing[labels[first]] -= int(members.sum())
+            missing[label] -= int(members.sum())
     return is_val
 
 
@@ -259,7 +270,7 @@ def load_labelled(
     images = shared.load_images([faces_dir / record["crop"] for record in records], "L")
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
-    is_val = split_groups(found_by, groups, val_fraction, seed)
+    is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
     names = [corrections.get(record["photo"], record["label"]) for record in records]
     kept = torch.tensor([i for i, name in enumerate(names) if name], dtype=torch.int64)
     is_val = is_val[kept]

@@ -13,6 +13,7 @@ import finetune_emotion
 import model as shared
 
 CLASSES = ("angry", "happy")
+NAMES = [str(i) for i in range(1000)]
 
 
 @pytest.fixture(scope="session")
@@ -216,22 +217,44 @@ def test_near_duplicates_are_one_group(copies):
 def test_a_split_keeps_groups_together_and_gives_each_class_its_share():
     labels = torch.tensor([0] * 60 + [1] * 20)
     groups = torch.arange(80) // 2
-    is_val = finetune_emotion.split_groups(labels, groups, 0.2, seed=0)
+    is_val = finetune_emotion.split_groups(labels, groups, NAMES[:80], 0.2, seed=0)
     assert is_val[::2].equal(is_val[1::2])
     assert [int(is_val[labels == label].sum()) for label in (0, 1)] == [12, 4]
 
 
 def test_a_split_follows_its_seed():
     labels, groups = torch.arange(50) % 2, torch.arange(50)
-    first, same, other = (finetune_emotion.split_groups(labels, groups, 0.2, seed) for seed in (3, 3, 4))
+    first, same, other = (
+        finetune_emotion.split_groups(labels, groups, NAMES[:50], 0.2, seed) for seed in (3, 3, 4)
+    )
     assert first.equal(same)
     assert not first.equal(other)
+
+
+def test_photos_that_come_later_move_hardly_any_to_the_other_side():
+    """Else a second run would be judged by what the model that it began with has learned."""
+    groups = torch.arange(1000) // 2
+    whole = finetune_emotion.split_groups(torch.zeros(1000).long(), groups, NAMES, 0.2, seed=0)
+    was_there = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.9
+    names = [name for name, was in zip(NAMES, was_there, strict=True) if was]
+    part = finetune_emotion.split_groups(
+        torch.zeros(len(names)).long(), groups[was_there], names, 0.2, seed=0
+    )
+    learned_before = (whole[was_there] & ~part).sum() / whole.sum()
+    assert learned_before < 0.1
+
+
+def test_large_groups_are_held_out_no_oftener_than_others():
+    groups = torch.cat([torch.arange(700) // 10, torch.arange(70, 370)])  # 70 of ten faces, 300 of one
+    is_val = finetune_emotion.split_groups(torch.zeros(1000).long(), groups, NAMES, 0.3, seed=0)
+    assert 0.2 < is_val[:700].float().mean() < 0.4
 
 
 def test_a_correction_moves_no_face_to_the_other_side(tmp_path):
     faces_dir = make_faces(tmp_path / "faces", 10, CLASSES)
     records = [
-        {"photo": f"{name}/{i:05}.png", "label": name, "crop": f"{name}/{i:05}.png", "reason": None}
+        {"label": name, "reason": None, "sha256": f"{name} {i}"}
+        | dict.fromkeys(("photo", "crop"), f"{name}/{i:05}.png")
         for name in CLASSES
         for i in range(10)
     ]
