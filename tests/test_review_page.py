@@ -41,7 +41,14 @@ def page(tmp_path):
     faces_dir = make_faces(tmp_path / "faces", 4, CLASSES)
     names = [f"{name}/{i:05}.png" for name in CLASSES for i in range(4)]
     records = [
-        {"photo": name, "label": name.split("/")[0], "crop": name, "reason": None, "blur": 1.5}
+        {
+            "photo": name,
+            "label": name.split("/")[0],
+            "crop": name,
+            "reason": None,
+            "blur": 1.5,
+            "sha256": name,
+        }
         for name in names
     ]
     records[1]["photo"] = NASTY
