@@ -254,6 +254,8 @@ class Downloader:
         self._connections.add(connection)
         timer.start()
         try:
+            if self._is_closed.is_set():  # close() came too early to see this connection
+                shut(connection)
             yield
         finally:
             timer.cancel()

@@ -205,15 +205,35 @@ def started(out_dir, *options):
         run.communicate(timeout=60)
 
 
+@contextlib.contextmanager
+def held(server, number):
+    """Let a server answer `number` requests, and the others when the block ends."""
+    released, respond = threading.Event(), server.respond
+
+    def answer(handler):
+        if sum(server.hits.values()) > number:
+            released.wait()
+        respond(handler)
+
+    server.respond = answer
+    try:
+        yield
+    finally:
+        server.respond = respond
+        released.set()
+
+
 def test_a_terminated_run_closes_the_browser_and_goes_on(google, pictures, out_dir):
     google.is_plain = True
     options = ["--labels", "tench", "goldfish", "--limit", "30"]
-    with started(out_dir, *options) as run:
-        wait_for(lambda: len(pictures.hits) >= 15)
+    with held(pictures, 15), started(out_dir, *options, "--timeout", "120") as run:
+        wait_for(lambda: len(pictures.hits) > 15)
         assert running("download_data_")
         run.send_signal(signal.SIGTERM)
+        start = time.monotonic()
         story = run.stderr.read()
     assert run.returncode == 130
+    assert time.monotonic() - start < 60  # it did not wait for the downloads under way
     assert "Traceback" not in story
     wait_for(lambda: not running("download_data_"))
     imagenet(out_dir, *options)
@@ -221,12 +241,14 @@ def test_a_terminated_run_closes_the_browser_and_goes_on(google, pictures, out_d
     assert google.queries == ["tench", "goldfish"]
 
 
-def test_killing_the_driver_leaves_no_browser_and_loses_nothing(google, out_dir):
+def test_killing_the_driver_leaves_no_browser_and_loses_nothing(google, pictures, out_dir):
     google.num_results, google.is_plain = 400, True
-    with started(out_dir, "--labels", "tench", "goldfish", "--limit", "10") as run:
-        wait_for(lambda: google.queries and (out_dir / "manifest.jsonl").exists())
-        [driver] = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-        os.kill(int(driver), signal.SIGKILL)
+    options = ["--labels", "tench", "goldfish", "--limit", "10", "--timeout", "120"]
+    with started(out_dir, *options) as run:
+        with held(pictures, 5):
+            wait_for(lambda: len(pictures.hits) > 5)
+            [driver] = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+            os.kill(int(driver), signal.SIGKILL)
         story = run.stderr.read()
         run.wait()
     wait_for(lambda: not running("download_data_"))
