@@ -4,6 +4,8 @@ All layers learn, from the weights that finetune_gray_imagenet.py distilled. The
 and are augmented in batches. The network learns every emotion that was unpacked for train, and in the end
 keeps those of --emotions: telling more apart teaches it more about faces. If FER+'s votes were unpacked
 (Barsoum et al. 2016, arXiv:1608.01041), a target is partly what ten people saw, partly FER's own label.
+With --teachers it is partly what trained networks make of the face: several that differ know more together
+than each alone, and one network can learn it (Hinton et al. 2015, arXiv:1503.02531).
 
 Validation (PublicTest) picks the best epoch and the temperature of the softmax; the test faces (PrivateTest)
 are looked at once, at the end: all of them, and apart from that those that also stand in no other split, and
@@ -12,6 +14,7 @@ those of whose label six of FER+'s ten voters are sure.
 Usage:
     python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
     python finetune_fer.py --data-dir data/fer --evaluate runs/fer/best.pt --out-dir runs/fer
+    python finetune_fer.py --init runs/fer/best.pt --teachers runs/fer/best.pt runs/b/best.pt --out-dir runs/c
 """
 
 import argparse
@@ -22,7 +25,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import model as shared
 
@@ -106,6 +111,38 @@ def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
     return torch.where(totals > 0, (1 - weight) * own + weight * votes / totals.clamp(min=1), own)
 
 
+def ask_teachers(
+    paths: Sequence[Path], images: Tensor, classes: Sequence[str], device: torch.device
+) -> Tensor:
+    """Return what trained networks make of faces: the mean of their probabilities, float32 (N, C).
+
+    Each speaks at its own temperature, and sees each face and its mirror image.
+
+    Args:
+        paths: of checkpoints of this stage or the next.
+        images: (N, 1, S, S) uint8.
+
+    Raises:
+        ValueError: a teacher has other classes, or is no such checkpoint.
+    """
+    crops = [Image.fromarray(image) for image in torch.cat([images, images.flip(-1)])[:, 0].numpy()]
+    total = torch.zeros(len(crops), len(classes))
+    for path in paths:
+        teacher = shared.Classifier.load(path, device)
+        if sorted(teacher.classes) != sorted(classes):
+            raise ValueError(
+                f"{path} knows {' '.join(teacher.classes)}, expected a teacher that knows what is learned, "
+                f"{' '.join(classes)}; see --emotions of unpack_fer_data.py"
+            )
+        order = [teacher.classes.index(name) for name in classes]
+        for start in tqdm(
+            range(0, len(crops), shared.MAX_BATCH), desc=f"asking {path}", unit="batch", disable=None
+        ):
+            part = slice(start, start + shared.MAX_BATCH)
+            total[part] += torch.from_numpy(teacher.predict_crops(crops[part]))[:, order]
+    return (total[: len(images)] + total[len(images) :]) / (2 * len(paths))
+
+
 def find_copies(images: Tensor, others: Tensor) -> Tensor:
     """Tell which of the images (N, 1, S, S) stand among the others, pixel for pixel: (N,) bool."""
     seen = {image.numpy().tobytes() for image in others}
@@ -161,6 +198,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help="share of a target that comes from FER+'s votes, if they were unpacked (default: %(default)s)",
     )
+    add(
+        "--teachers",
+        nargs="+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="learn also what these best.pt make of the faces; they must know the unpacked emotions",
+    )
+    add(
+        "--teacher-weight",
+        type=shared.number(float, 0, 1),
+        default=0.5,
+        metavar="X",
+        help="share of a target that comes from --teachers, if there are any (default: %(default)s)",
+    )
     shared.add_training_options(
         parser,
         data_dir="data/fer",
@@ -199,6 +250,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = pick_classes(learned, args.emotions)
         train_faces = load_split(args.data_dir / "train", learned, args.limit)
         train = feed(train_faces, args.image_size)
+        if args.teachers:
+            taught = ask_teachers([Path(path) for path in args.teachers], train_faces.images, learned, device)
+            train.targets = train.targets.lerp(taught, args.teacher_weight)
         val = feed(load_split(args.data_dir / "val", classes, args.limit), args.image_size)
         print(f"starting from {args.init}")
         start = shared.load_checkpoint(args.init)

@@ -1635,5 +1635,5 @@ def fit_options(args: argparse.Namespace) -> dict:
 
 def plain_config(args: argparse.Namespace) -> dict:
     """Return the options as plain types, for checkpoints and config.json."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    return {key: value for key, value in plain.items() if key not in ("resume", "resumed")}
+    options = {key: value for key, value in vars(args).items() if key not in ("resume", "resumed")}
+    return json.loads(json.dumps(options, default=str))  # paths become text, in lists too

@@ -245,6 +245,55 @@ def test_a_trained_model_learns_on_in_the_parts_that_are_named(tmp_path, options
         assert value.equal(before["model"][name]) == frozen or "num_batches" in name, name
 
 
+def write_teacher(folder, classes, **bias):
+    """Write the best.pt of a network with random weights, drawn to some classes."""
+    torch.manual_seed(len(classes))
+    net = shared.gray_resnet("resnet18", len(classes))
+    for name, value in bias.items():
+        net.fc.bias.data[classes.index(name)] = value
+    about = {"arch": "resnet18", "classes": list(classes), "image_size": 32, "crop_margin": 0.0, "config": {}}
+    folder.mkdir()
+    save = shared.checkpoint_writer(folder, stage="fer", **about)
+    save("best", net, [{"epoch": 1, "temperature": 0.5}])
+    return folder / "best.pt"
+
+
+def test_teachers_are_learned_from_beside_the_labels(tmp_path, fer_dir, options):
+    """All that the teachers see is sad; learned from them alone, every face is, after a resumed run too."""
+    teachers = [str(write_teacher(tmp_path / name, shared.EMOTIONS, sad=20.0)) for name in "ab"]
+    taught = ["--teachers", *teachers, "--teacher-weight", "1", "--epochs", "2"]
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), *taught])
+    last = tmp_path / "run" / "last.pt"
+    assert shared.load_checkpoint(last)["config"]["teachers"] == teachers
+    finetune_fer.main(["--resume", str(last), "--epochs", "4"])
+    net = shared.load_network(shared.load_checkpoint(last))
+    images, labels = shared.load_faces(fer_dir / "test", shared.EMOTIONS)
+    batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
+    assert set(shared.evaluate(net, batches.eval())[0].argmax(1).tolist()) == {shared.EMOTIONS.index("sad")}
+
+
+def test_ask_teachers_averages_networks_and_mirror_images(tmp_path, fer_dir):
+    device, classes = torch.device("cpu"), shared.EMOTIONS
+    paths = [write_teacher(tmp_path / "a", classes), write_teacher(tmp_path / "b", classes[::-1], happy=1.0)]
+    images, labels = shared.load_faces(fer_dir / "test", classes)
+    expected = torch.zeros(len(images), 5)
+    for path, order in zip(paths, ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]), strict=True):
+        net = shared.load_network(shared.load_checkpoint(path))
+        for view in (images, images.flip(-1)):
+            logits, _ = shared.evaluate(net, shared.FaceBatches(view, labels, 16, 32, device).eval())
+            expected += (logits / 0.5).softmax(1)[:, order] / 4
+    answers = finetune_fer.ask_teachers(paths, images, classes, device)
+    torch.testing.assert_close(answers, expected, atol=0.01, rtol=0)  # OpenVINO may run in bfloat16
+
+
+def test_a_teacher_of_other_emotions_is_a_mistake(tmp_path, options):
+    teacher = write_teacher(tmp_path / "teacher", ["happy", "sad"])
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--teachers", str(teacher)])
+    assert f"{teacher} knows happy sad, expected a teacher that knows what is learned" in stop.value.code
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_data, capsys):
     """At least 82 % of the five-class PrivateTest; the README says by how much more."""
     unpack_fer_data.main([str(real_data / "fer2013.csv.xz"), "--out-dir", str(tmp_path / "fer")])
