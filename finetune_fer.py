@@ -19,7 +19,7 @@ Usage:
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
 
 
 def ask_teachers(
-    paths: Sequence[Path], images: Tensor, classes: Sequence[str], device: torch.device
+    paths: Iterable[Path], images: Tensor, classes: Sequence[str], device: torch.device
 ) -> Tensor:
     """Return what trained networks make of faces: the mean of their probabilities, float32 (N, C).
 
@@ -125,22 +125,22 @@ def ask_teachers(
     Raises:
         ValueError: a teacher has other classes, or is no such checkpoint.
     """
-    crops = [Image.fromarray(image) for image in torch.cat([images, images.flip(-1)])[:, 0].numpy()]
-    total = torch.zeros(len(crops), len(classes))
-    for path in paths:
-        teacher = shared.Classifier.load(path, device)
+    teachers = {path: shared.Classifier.load(path, device) for path in paths}
+    for path, teacher in teachers.items():
         if sorted(teacher.classes) != sorted(classes):
             raise ValueError(
                 f"{path} knows {' '.join(teacher.classes)}, expected a teacher that knows what is learned, "
                 f"{' '.join(classes)}; see --emotions of unpack_fer_data.py"
             )
+    crops = [Image.fromarray(image) for image in torch.cat([images, images.flip(-1)])[:, 0].numpy()]
+    total = torch.zeros(len(crops), len(classes))
+    for path, teacher in teachers.items():
         order = [teacher.classes.index(name) for name in classes]
-        for start in tqdm(
-            range(0, len(crops), shared.MAX_BATCH), desc=f"asking {path}", unit="batch", disable=None
-        ):
+        starts = range(0, len(crops), shared.MAX_BATCH)
+        for start in tqdm(starts, desc=f"asking {path}", unit="batch", disable=None):
             part = slice(start, start + shared.MAX_BATCH)
             total[part] += torch.from_numpy(teacher.predict_crops(crops[part]))[:, order]
-    return (total[: len(images)] + total[len(images) :]) / (2 * len(paths))
+    return (total[: len(images)] + total[len(images) :]) / (2 * len(teachers))
 
 
 def find_copies(images: Tensor, others: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_faces = load_split(args.data_dir / "train", learned, args.limit)
         train = feed(train_faces, args.image_size)
         if args.teachers:
-            taught = ask_teachers([Path(path) for path in args.teachers], train_faces.images, learned, device)
+            taught = ask_teachers(map(Path, args.teachers), train_faces.images, learned, device)
             train.targets = train.targets.lerp(taught, args.teacher_weight)
         val = feed(load_split(args.data_dir / "val", classes, args.limit), args.image_size)
         print(f"starting from {args.init}")
