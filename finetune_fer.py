@@ -14,12 +14,12 @@ those of whose label six of FER+'s ten voters are sure.
 Usage:
     python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
     python finetune_fer.py --data-dir data/fer --evaluate runs/fer/best.pt --out-dir runs/fer
-    python finetune_fer.py --init runs/fer/best.pt --teachers runs/fer/best.pt runs/b/best.pt --out-dir runs/c
+    python finetune_fer.py --data-dir data/fer5 --init runs/a/best.pt --teachers runs/a/best.pt runs/b/best.pt
 """
 
 import argparse
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,35 +111,41 @@ def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
     return torch.where(totals > 0, (1 - weight) * own + weight * votes / totals.clamp(min=1), own)
 
 
-def ask_teachers(
-    paths: Iterable[Path], images: Tensor, classes: Sequence[str], device: torch.device
-) -> Tensor:
-    """Return what trained networks make of faces: the mean of their probabilities, float32 (N, C).
-
-    Each speaks at its own temperature, and sees each face and its mirror image.
-
-    Args:
-        paths: of checkpoints of this stage or the next.
-        images: (N, 1, S, S) uint8.
+def load_teachers(
+    paths: Sequence[Path | str], classes: Sequence[str], device: torch.device
+) -> list[shared.Classifier]:
+    """Read the checkpoints, of this stage or the next, of networks that tell just `classes` apart.
 
     Raises:
-        ValueError: a teacher has other classes, or is no such checkpoint.
+        FileNotFoundError, ValueError: one is none, or has other classes.
     """
-    teachers = {path: shared.Classifier.load(path, device) for path in paths}
-    for path, teacher in teachers.items():
+    teachers = [
+        shared.Classifier.load(Path(path), device) for path in paths
+    ]  # a resumed run's paths are text
+    for path, teacher in zip(paths, teachers, strict=True):
         if sorted(teacher.classes) != sorted(classes):
             raise ValueError(
-                f"{path} knows {' '.join(teacher.classes)}, expected a teacher that knows what is learned, "
-                f"{' '.join(classes)}; see --emotions of unpack_fer_data.py"
+                f"{path} knows {' '.join(teacher.classes)}, expected what was unpacked, {' '.join(classes)}; "
+                "unpack a folder with what it knows, see --emotions of unpack_fer_data.py"
             )
+    return teachers
+
+
+def ask_teachers(teachers: Sequence[shared.Classifier], images: Tensor, classes: Sequence[str]) -> Tensor:
+    """Return what trained networks make of faces: the mean of their probabilities, float32 (N, C).
+
+    Each speaks at its own temperature, and sees each face (N, 1, S, S), uint8, and its mirror image.
+    """
     crops = [Image.fromarray(image) for image in torch.cat([images, images.flip(-1)])[:, 0].numpy()]
     total = torch.zeros(len(crops), len(classes))
-    for path, teacher in teachers.items():
+    for number, teacher in enumerate(teachers, 1):
         order = [teacher.classes.index(name) for name in classes]
-        starts = range(0, len(crops), shared.MAX_BATCH)
-        for start in tqdm(starts, desc=f"asking {path}", unit="batch", disable=None):
-            part = slice(start, start + shared.MAX_BATCH)
-            total[part] += torch.from_numpy(teacher.predict_crops(crops[part]))[:, order]
+        name = f"asking teacher {number}/{len(teachers)}"
+        with tqdm(total=len(crops), desc=name, unit="image", disable=None, leave=False) as bar:
+            for start in range(0, len(crops), shared.MAX_BATCH):
+                part = slice(start, start + shared.MAX_BATCH)
+                total[part] += torch.from_numpy(teacher.predict_crops(crops[part]))[:, order]
+                bar.update(len(crops[part]))
     return (total[: len(images)] + total[len(images) :]) / (2 * len(teachers))
 
 
@@ -203,7 +209,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=Path,
         metavar="CHECKPOINT",
-        help="learn also what these best.pt make of the faces; they must know the unpacked emotions",
+        help="learn also what these best.pt make of the faces; they must know just the unpacked emotions",
     )
     add(
         "--teacher-weight",
@@ -250,9 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = pick_classes(learned, args.emotions)
         train_faces = load_split(args.data_dir / "train", learned, args.limit)
         train = feed(train_faces, args.image_size)
-        if args.teachers:
-            taught = ask_teachers(map(Path, args.teachers), train_faces.images, learned, device)
-            train.targets = train.targets.lerp(taught, args.teacher_weight)
+        teachers = load_teachers(args.teachers or [], learned, device)
         val = feed(load_split(args.data_dir / "val", classes, args.limit), args.image_size)
         print(f"starting from {args.init}")
         start = shared.load_checkpoint(args.init)
@@ -264,6 +268,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "votes": f"known for {int((train_faces.votes.sum(1) > 0).sum())} images of train",
         }
         shared.start_run(args, net, device, data)
+        if teachers:
+            answers = ask_teachers(teachers, train_faces.images, learned)
+            train.targets = train.targets.lerp(answers, args.teacher_weight)
         about = {
             "stage": "fer",
             "arch": start["arch"],
