@@ -1,8 +1,25 @@
-"""What the stages share: faces, the gray network, data, training, inference, checkpoints, command line.
+"""What the scripts share; a script imports from here and from nowhere else in the project.
 
-The parts stand in the order in which data flows through them. A script imports from here and from nowhere
-else in the project.
+The parts stand in the order in which data flows through them, and use only what stands above them:
+
+    constants     the emotions, the size and statistics of the network's input
+    files         writing whole files or none: `replacing`, `save_json`
+    pictures      the one way to open a picture: `open_picture`
+    engine        a network ready to run, by OpenVINO or torch: `Engine`
+    faces         MTCNN, made fast: `FaceFinder`, `crop_faces`
+    network       the gray ResNet: `gray_resnet`, `freeze_except`
+    data          reading, splitting, augmenting and feeding images: `load_images`, `FaceBatches`
+    judging       figures and plots of how good a classifier is: `judge`, `report`
+    checkpoints   what a training run writes, and reading it: `Run`, `load_checkpoint`, `load_network`
+    training      the one loop of all stages: `fit`, `fit_classifier`
+    inference     a trained classifier: `Classifier`
+    command line  options that several scripts have, errors in one line: `add_options`, `one_line_errors`
+
+torch and other large packages are imported by the functions that use them, so that importing this file, as
+every `--help` does, takes a fraction of a second.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -14,26 +31,35 @@ import itertools
 import json
 import math
 import os
+import re
+import secrets
+import shutil
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
-DEFAULT_MODEL = Path(__file__).parent / "resources" / "emotion_resnet50.pt"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-IMAGE_SIZE = 96  # pixels, side of the network's input, see the README's table; 64 costs half the time
+    import torch
+    from torch import Tensor, nn
+
+# --- constants ---
+
+EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
+RESOURCES = Path(__file__).parent / "resources"
+DEFAULT_MODEL = RESOURCES / "emotion_resnet50.pt"
+
+IMAGE_SIZE = 96  # pixels, side of the network's input; 64 costs half the time, see resources/EXPERIMENTS.md
 # Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
 # faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
 CROP_MARGIN = 0.0
@@ -44,40 +70,131 @@ GRAY_MEAN, GRAY_STD = 0.449, 0.226  # their means over the channels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
 
 
-# --- photos ---
+# --- files ---
 
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a temporary path that becomes `path` when the block ends well.
+
+    So `path` is always whole: new, or what it was before. The temporary file has a random name in the same
+    folder, is created by this call, never through a link, and is gone after any failure.
+
+    Args:
+        sync: have the content on the disk before it gets its name, where losing it would hurt.
+
+    Raises:
+        OSError: the file could not be written; the message names `path`.
+    """
+    temporary = path.with_name(f".emotion-{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield temporary
+            if sync:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno is None or isinstance(error, BrokenPipeError):  # it has its message; it is stdout's
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def save_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON; raises OSError as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Return the digest of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+# --- pictures ---
+
+# Pillow's other plugins are not asked: some start programs (EPS) or read further files.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
+HEIC_SUFFIXES = {".heic", ".heif"}  # not read, but worth a word
+HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}  # ISO/IEC 23008-12
+MAX_PIXELS = 178_956_970  # at twice its MAX_IMAGE_PIXELS Pillow itself refuses
 KEPT_INFO = ("icc_profile", "transparency")
 # What Pillow raises for files that it cannot read; found by damaging files of a dozen formats at random.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
-def load_photo(path: Path) -> Image.Image:
-    """Read a photo, or an animation's first frame, upright and as RGB; `info` keeps an RGB colour profile.
+class PictureError(ValueError):
+    """A file cannot be used as a picture.
+
+    Attributes:
+        reason: "unknown format", "too large" or "damaged" (or not there); the message names the file too.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case and with their dot, that files of FORMATS, or HEIC, have."""
+    kinds = {*FORMATS, "MPO"}  # the last is opened as JPEG
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds}
+    return frozenset(known | HEIC_SUFFIXES)
+
+
+def open_picture(
+    path: Path, mode: str = "RGB", *, max_pixels: int = MAX_PIXELS, draft: int | None = None
+) -> Image.Image:
+    """Read a picture, or an animation's first frame, upright by its EXIF, in 8 bits.
+
+    Transparent parts become white; 16 bits a channel are scaled, not clipped. `format` of the result is that
+    of the file, and `info` keeps an RGB colour profile.
+
+    Args:
+        mode: "RGB" or "L".
+        max_pixels: larger pictures are refused before they are decoded.
+        draft: decode a JPEG no larger than needed for a shorter side of so many pixels.
 
     Raises:
-        ValueError: it cannot be read.
+        PictureError: the file is missing, damaged, too large, or of a format that is not in FORMATS.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            if draft:
+                image.draft(None, (draft, draft))
             image.load()
             image.getexif()  # Pillow remembers it; taken out of `info`, it is not rewritten, which may fail
             image.info = {name: image.info[name] for name in KEPT_INFO if name in image.info}
-            profile = image.info.get("icc_profile") or b""
+            profile, file_format = image.info.get("icc_profile") or b"", image.format
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as reading
-            photo = to_rgb(image)
+            picture = _in_mode(image, mode)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that Pillow can read; convert it to JPEG or PNG") from None
+        with path.open("rb") as file:
+            head = file.read(12)
+        kind = "HEIC, which is not read" if head[8:12] in HEIC_BRANDS else "not an image that Pillow can read"
+        raise PictureError("unknown format", f"{path} is {kind}; convert it to JPEG or PNG") from None
     except Image.DecompressionBombError:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"{path} has more than {limit} million pixels; scale it down first") from None
+        limit = max_pixels // 10**6
+        message = f"{path} has more than {limit} million pixels; scale it down first"
+        raise PictureError("too large", message) from None
     except PILLOW_ERRORS as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    photo.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # its data colour space field
-    return photo
+        reason = getattr(error, "strerror", None) or error
+        raise PictureError("damaged", f"{path} cannot be read: {reason}") from None
+    picture.format = file_format
+    picture.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # its colour space field
+    return picture
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB, itself if it is that; transparent parts become white."""
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image of any mode to "RGB" or "L"; return itself if it is that."""
     if image.mode.startswith(("I", "F")):  # 16 bits or more, which convert() would clip instead of scale
         values = np.asarray(image, np.float32)
         white = 65535 if image.mode.startswith("I") else max(values.max(), 1)
@@ -85,23 +202,182 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+# --- engine ---
+
+MAX_BATCH = 32  # images that an engine takes at once; larger batches are no faster on two cores
+CACHE_DAYS = 30  # chosen here; each change of weights or versions leaves up to 200 MB behind
+CACHED = re.compile(r"(pnet|rnet|onet|classifier)-[0-9a-f]{16}(\.bin)?")  # .bin: of earlier versions
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again; see the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
+
+
+def from_pixels(network: nn.Module, mean: float, std: float) -> nn.Module:
+    """Wrap a network so that it takes images (N, H, W, C), values 0-255, and normalises them itself."""
+    from torch import nn
+
+    class FromPixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return self.network((images.permute(0, 3, 1, 2).float() - mean) / std)
+
+    return FromPixels()
+
+
+class Source(NamedTuple):
+    """What an engine is made of, asked for only where there is no converted one."""
+
+    network: nn.Module  # takes and returns batches
+    example: Tensor  # a batch of images (2, H, W, C), as the network takes them
+    notes: dict  # plain values that are kept with the network
+
+
+class Engine:
+    """A network ready to run: compiled by OpenVINO for a CPU, else as it is by torch.
+
+    What OpenVINO converts and compiles is kept in the user's cache folder, for converting takes seconds. What
+    is kept there is good for one set of weights and versions; what is missing or damaged is made again.
+    Not to be called by two threads at once.
+
+    Attributes:
+        notes: those of its source.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        key: bytes,
+        build: Callable[[], Source],
+        device: torch.device | str,
+        *,
+        any_size: bool = False,
+        fast: bool = False,
+    ):
+        """Compile a network, or find it compiled.
+
+        Args:
+            name: of its folder in the cache, see CACHED.
+            key: stands for all on which the source depends, beside this file.
+            build: makes the source.
+            device: where it runs.
+            any_size: H and W may vary from call to call.
+            fast: use bfloat16 on a CPU that is fast at it.
+        """
+        self._pads = not any_size
+        made = _openvino_engine(name, key, build, any_size, fast) if str(device) == "cpu" else None
+        self._infer, self.notes = made or _torch_engine(build(), device)
+
+    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
+        """Run images (N, H, W, C); return the network's outputs, float32 (N, ...)."""
+        if not self._pads:
+            return self._infer(images)
+        parts = []
+        for start in range(0, max(len(images), 1), MAX_BATCH):
+            batch = images[start : start + MAX_BATCH]
+            # OpenVINO prepares for each shape that it meets, so there are few: 1, 2, 4 ... MAX_BATCH.
+            length = 1 << max(len(batch) - 1, 0).bit_length()
+            padding = np.zeros((length - len(batch), *batch.shape[1:]), batch.dtype)
+            parts.append([output[: len(batch)] for output in self._infer(np.concatenate([batch, padding]))])
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def _torch_engine(source: Source, device: torch.device | str) -> tuple[Callable, dict]:
+    """Return the function that runs a network by torch, and the notes."""
+    import torch
+
+    network = source.network.eval().to(device, memory_format=torch.channels_last)
+
+    def infer(images: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            outputs = network(torch.from_numpy(images).to(device))
+        return [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+    return infer, source.notes
+
+
+def _openvino_engine(
+    name: str, key: bytes, build: Callable[[], Source], any_size: bool, fast: bool
+) -> tuple[Callable, dict] | None:
+    """Return the function that runs a network by OpenVINO, and the notes; None where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # it would report each import to Google Analytics
+    try:
+        import openvino
+    except ImportError:
+        return None
+    core = openvino.Core()
+    fast = fast and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if fast else "f32"}
+    key = repr((openvino.__version__, any_size)).encode() + Path(__file__).read_bytes() + key
+    digest = hashlib.sha256(key).hexdigest()
+    folder = cache_dir() / f"{name}-{digest[:16]}"
+
+    def compile_kept() -> tuple[openvino.CompiledModel, dict]:
+        path = folder / "network.xml"
+        notes = json.loads(core.read_model(path).get_rt_info("emotion_detector").value)
+        if notes["digest"] != digest:
+            raise RuntimeError("the kept network is another one")
+        return core.compile_model(path, "CPU", {**options, "CACHE_DIR": str(folder)}), notes
+
+    try:
+        compiled, notes = compile_kept()
+    except (RuntimeError, ValueError, LookupError):  # not there, or damaged
+        source = build()
+        notes = {**source.notes, "digest": digest}
+        model = _convert(source, any_size)
+        model.set_rt_info(json.dumps(notes), "emotion_detector")
+        try:
+            _keep(model, folder)
+            compiled, notes = compile_kept()
+        except (OSError, RuntimeError):  # where nothing can be kept, it is made again each time
+            compiled = core.compile_model(model, "CPU", options)
+    with contextlib.suppress(OSError):
+        os.utime(folder)  # it is in use
+    request = compiled.create_infer_request()
+
+    def infer(images: np.ndarray) -> list[np.ndarray]:
+        return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
+
+    return infer, notes
+
+
+def _convert(source: Source, any_size: bool) -> openvino.Model:  # noqa: F821
+    """Convert a network to OpenVINO's form, for batches of any length."""
+    import openvino
+
+    height, width, channels = source.example.shape[1:]
+    shape = (-1, -1, -1, channels) if any_size else (-1, height, width, channels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that tracing will go some day
+        return openvino.convert_model(
+            source.network.eval(), example_input=source.example, input=[openvino.PartialShape(shape)]
+        )
+
+
+def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
+    """Put a converted network into the cache, all of it or nothing, and take out what is long unused."""
+    import openvino
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+        openvino.save_model(model, Path(temporary) / "network.xml", compress_to_fp16=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(temporary).rename(folder)
+    for other in folder.parent.iterdir():
+        if CACHED.fullmatch(other.name) and time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
+            other.unlink() if other.is_file() else shutil.rmtree(other)
 
 
 # --- faces ---
 
-
-class Faces(NamedTuple):
-    """N faces of one image, N may be 0."""
-
-    boxes: np.ndarray  # (N, 4) float32, left, top, right, bottom in pixels
-    probs: np.ndarray  # (N,) float32, the detector's confidence, 0-1
-    landmarks: np.ndarray  # (N, 5, 2) float32, x and y: left and right eye, nose, left and right mouth corner
-
-
-NO_FACES = Faces(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty((0, 5, 2), np.float32))
 PNET_WINDOW, RNET_SIZE, ONET_SIZE = 12, 24, 48  # pixels, what each stage sees of a face
-
 MTCNN_FACTOR = 0.709  # from one level of the pyramid to the next: half the pixels
 # What the next stage gets to see of PNet, RNet and ONet. facenet-pytorch's first is 0.6, which finds the same
 # 288 of its 290 surest faces in 32 photos and 200 frames of video; in 400 scraped photos, 381 faces, not 377.
@@ -109,6 +385,14 @@ MTCNN_THRESHOLDS = (0.8, 0.7, 0.7)
 SAME_FACE = 0.7  # candidates that overlap more are one face; facenet-pytorch's number
 MIN_FACE_SIZE = 0.025  # share of the shorter side; never less than MIN_FACE_PIXELS
 MIN_FACE_PIXELS = 20  # facenet-pytorch's default
+
+
+class Faces(NamedTuple):
+    """N faces that were found in one image, N may be 0."""
+
+    boxes: np.ndarray  # (N, 4) float32, left, top, right, bottom in pixels
+    probs: np.ndarray  # (N,) float32, the detector's confidence, 0-1
+    landmarks: np.ndarray  # (N, 5, 2) float32, x and y: left and right eye, nose, left and right mouth corner
 
 
 class FaceFinder:
@@ -148,10 +432,9 @@ class FaceFinder:
             )
         self.min_face_size = min_face_size
         self.min_prob = min_prob
-        self._pnet, self._rnet, self._onet = (
-            mtcnn_engine(name, size, torch.device(device))
-            for name, size in (("PNet", None), ("RNet", RNET_SIZE), ("ONet", ONET_SIZE))
-        )
+        self._pnet = _mtcnn_engine("PNet", None, device)
+        self._rnet = _mtcnn_engine("RNet", RNET_SIZE, device)
+        self._onet = _mtcnn_engine("ONet", ONET_SIZE, device)
 
     def find(self, image: Image.Image) -> Faces:
         """Find the faces of an RGB image that are at least `min_prob` sure, the surest first.
@@ -162,13 +445,12 @@ class FaceFinder:
 
     def find_all(self, images: Sequence[Image.Image]) -> list[Faces]:
         """Find the faces of several RGB images; those of one size are searched together."""
-        found, groups = [NO_FACES] * len(images), {}
-        for i, image in enumerate(images):
-            groups.setdefault(image.size, []).append(i)
-        for group in groups.values():
-            for i, faces in zip(group, self._search([images[i] for i in group]), strict=True):
-                found[i] = faces
-        return found
+        order = sorted(range(len(images)), key=lambda i: images[i].size)
+        found = {}
+        for _, group in itertools.groupby(order, key=lambda i: images[i].size):
+            numbers = list(group)
+            found |= zip(numbers, self._search([images[i] for i in numbers]), strict=True)
+        return [found[i] for i in range(len(images))]
 
     def refine(self, image: Image.Image, boxes: np.ndarray) -> Faces:
         """Look again at N known faces that may have moved a little, with ONet alone.
@@ -181,10 +463,10 @@ class FaceFinder:
             N entries in the order of `boxes`, none left out; `probs` say whether each is still a face.
         """
         owners = np.zeros(len(boxes), int)
-        once = self._decide([image], owners, squared(boxes))
+        once = self._decide([image], owners, _squares(boxes))
         # A second look costs half a millisecond a face; of boxes off by a fifth of their side, it takes the
         # overlap with the true ones from 0.89 to 0.94 (median of 81 faces).
-        return self._decide([image], owners, squared(once.boxes))
+        return self._decide([image], owners, _squares(once.boxes))
 
     def _search(self, images: Sequence[Image.Image]) -> list[Faces]:
         """Find the faces of images of one size."""
@@ -192,43 +474,43 @@ class FaceFinder:
         min_pixels = self.min_face_size
         if min_pixels < 1:
             min_pixels = max(min_pixels * size.min(), MIN_FACE_PIXELS)
-        with one_torch_thread():
-            scales, levels = pyramid(images, PNET_WINDOW / min_pixels)
+        scales, levels = _pyramid(images, PNET_WINDOW / min_pixels)
         boxes, probs, owners = self._propose(scales[1:], levels[1:])
-        kept = distinct(boxes, probs, owners)
+        kept = _distinct(boxes, probs, owners)
         boxes, owners = boxes[kept], owners[kept]
 
-        crops = sample_levels(levels, owners, boxes, size, RNET_SIZE)
-        shifts, probs = self._rnet(crops)
+        shifts, probs = self._rnet(_level_crops(levels, owners, boxes, size))
         kept = np.flatnonzero(probs[:, 1] > MTCNN_THRESHOLDS[1])
-        boxes, probs, owners = moved(boxes[kept], shifts[kept]), probs[kept, 1], owners[kept]
-        boxes = squared(boxes)
-        kept = distinct(boxes, probs, owners)
+        boxes, probs, owners = _shifted(boxes[kept], shifts[kept]), probs[kept, 1], owners[kept]
+        boxes = _squares(boxes)
+        kept = _distinct(boxes, probs, owners)
 
         faces, owners = self._decide(images, owners[kept], boxes[kept]), owners[kept]
         is_face = (faces.probs > MTCNN_THRESHOLDS[2]) & (faces.probs >= self.min_prob)
         is_face &= (faces.boxes[:, :2] < size).all(1) & (faces.boxes[:, 2:] > 0).all(1)
         kept = np.flatnonzero(is_face)
-        kept = kept[distinct(faces.boxes[kept], faces.probs[kept], owners[kept], of_smaller=True)]
+        kept = kept[_distinct(faces.boxes[kept], faces.probs[kept], owners[kept], of_smaller=True)]
         return [Faces(*(part[kept[owners[kept] == i]] for part in faces)) for i in range(len(images))]
 
-    def _propose(self, scales: Sequence[float], levels: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
+    def _propose(
+        self, scales: Sequence[float], levels: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run PNet over the levels; return M squared boxes (M, 4), their probs (M,) and images (M,)."""
         proposals = [(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))]
         for scale, level in zip(scales, levels, strict=True):
-            shifts, probs = self._pnet(level.permute(0, 2, 3, 1).numpy())
-            owners, y, x = find_peaks(probs[:, 1], MTCNN_THRESHOLDS[0])
+            shifts, probs = self._pnet(level)
+            owners, y, x = _peaks(probs[:, 1], MTCNN_THRESHOLDS[0])
             corners = 2 * np.stack([x, y], 1) + 1  # PNet's stride is 2
             windows = np.hstack([corners, corners + PNET_WINDOW - 1]) / scale
             windows = np.floor(windows).astype(np.float32)
             sides = (windows[:, 2:] - windows[:, :2])[:, [0, 1, 0, 1]]
-            boxes = squared(windows + shifts[owners, :, y, x] * sides)
+            boxes = _squares(windows + shifts[owners, :, y, x] * sides)
             proposals.append((boxes, probs[owners, 1, y, x], owners))
         return tuple(np.concatenate(parts) for parts in zip(*proposals, strict=True))
 
     def _decide(self, images: Sequence[Image.Image], owners: np.ndarray, boxes: np.ndarray) -> Faces:
         """Run ONet on M square boxes (M, 4) of the images `owners` (M,); return M entries."""
-        regions = inside(boxes, np.array(images[0].size))
+        regions = _inside(boxes, np.array(images[0].size))
         crops = np.empty((len(boxes), ONET_SIZE, ONET_SIZE, 3), np.uint8)
         for i, region in enumerate(regions.tolist()):
             size, image = (ONET_SIZE, ONET_SIZE), images[owners[i]]
@@ -236,61 +518,54 @@ class FaceFinder:
         shifts, points, probs = self._onet(crops)
         points = points.reshape(-1, 2, 5).transpose(0, 2, 1)
         landmarks = points * (boxes[:, None, 2:] - boxes[:, None, :2] + 1) + boxes[:, None, :2] - 1
-        return Faces(moved(boxes, shifts), probs[:, 1], landmarks)
+        return Faces(_shifted(boxes, shifts), probs[:, 1], landmarks)
 
 
-def mtcnn_engine(name: str, size: int | None, device: torch.device) -> "Engine":
+def _mtcnn_engine(name: str, size: int | None, device: torch.device | str) -> Engine:
     """Load PNet, RNet or ONet, for square images of `size` pixels or, without, images of any size."""
     package = Path(importlib.util.find_spec("facenet_pytorch").origin).parent  # imported only if need be
 
-    def build() -> nn.Module:
-        import facenet_pytorch  # noqa: PLC0415 (seconds that a cached engine does not need)
+    def build() -> Source:
+        import facenet_pytorch
+        import torch
 
-        return ForPixels(getattr(facenet_pytorch, name)(), 127.5, 128)
+        example = torch.zeros(2, size or 64, size or 64, 3, dtype=torch.uint8)
+        return Source(from_pixels(getattr(facenet_pytorch, name)(), 127.5, 128), example, {})
 
-    weights = (package / "data" / f"{name.lower()}.pt").read_bytes()
-    like = torch.zeros(2, size or 64, size or 64, 3, dtype=torch.uint8)
+    key = (package / "data" / f"{name.lower()}.pt").read_bytes()
     is_fast = name != "ONet"  # which has the last word on a few faces; the others only propose
-    return Engine(name.lower(), build, weights, like, device, any_size=size is None, fast=is_fast)
+    return Engine(name.lower(), key, build, device, any_size=size is None, fast=is_fast)
 
 
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Let torch's steps ahead of an OpenVINO engine take one thread.
-
-    More would spin when they are done, on the cores that the engine then wants.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[Tensor]]:
+def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[np.ndarray]]:
     """Shrink images of one size to `scale` and, step by step, down to PNet's window.
 
     A finer level comes first, from which RNet's crops of the smallest faces are cut.
 
     Returns:
-        The levels' scales, descending, and the levels, each uint8 (N, 3, H, W), channels last.
+        The levels' scales, descending, and the levels, each uint8 (N, H, W, 3).
     """
+    import torch
+    import torch.nn.functional as F
+
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     height, width = pixels.shape[2:]
     scales, levels = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)], []
     while min(height, width) * scale >= PNET_WINDOW:
         scales.append(scale)
         scale *= MTCNN_FACTOR
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others would spin when they are done, on the cores that PNet then wants
     for i, scale in enumerate(scales):
         size = (int(height * scale + 1), int(width * scale + 1)) if scale < 1 else (height, width)
         source = levels[max(i - 2, 0)] if i else pixels  # about twice as large
         is_same = source.shape[2:] == size
         levels.append(source if is_same else F.interpolate(source, size, mode="bilinear", antialias=True))
-    return scales, levels
+    torch.set_num_threads(threads)
+    return scales, [level.permute(0, 2, 3, 1).numpy() for level in levels]
 
 
-def find_peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
+def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find where probs (N, H, W) reach the threshold and no neighbour is higher: N, H, W indices.
 
     It stands in for suppressing non-maxima: all windows of a level have one size, so those that overlap most
@@ -306,72 +581,58 @@ def find_peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, ...]:
     return n[is_peak], y[is_peak], x[is_peak]
 
 
-def sample_levels(
-    levels: Sequence[Tensor], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray, size: int
+def _level_crops(
+    levels: Sequence[np.ndarray], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray
 ) -> np.ndarray:
-    """Cut M boxes out of a pyramid, each where its side is nearest `size`: uint8 (M, size, size, 3).
-
-    Only the pixels that are wanted are looked at: making all of a level float takes longer than the rest.
-    """
-    regions = inside(boxes, image_size)
-    sides = regions[:, 2:] - regions[:, :2]
-    scales = np.array([level.shape[3] for level in levels]) / image_size[0]
-    is_fine_enough = sides.max(1)[:, None] * scales >= size * MTCNN_FACTOR**0.5
+    """Cut M boxes out of a pyramid, each where its side is nearest RNet's: uint8 (M, 24, 24, 3)."""
+    regions = _inside(boxes, image_size)
+    sides = (regions[:, 2:] - regions[:, :2]).max(1)
+    scales = np.array([level.shape[2] for level in levels]) / image_size[0]
+    is_fine_enough = sides[:, None] * scales >= RNET_SIZE * MTCNN_FACTOR**0.5
     chosen = (is_fine_enough.sum(1) - 1).clip(0)
-    steps = (np.arange(size, dtype=np.float32) + 0.5) / size
-    points = regions[:, None, :2] + steps[:, None] * sides[:, None]  # (M, size, 2), x and y
-    crops = np.empty((len(boxes), size, size, 3), np.uint8)
-    for number in np.unique(chosen):
-        those, level = chosen == number, levels[number].permute(0, 2, 3, 1).numpy()
-        level_size = np.array(level.shape[2:0:-1])
-        spots = (points[those] * (level_size / image_size) - 0.5).clip(0, level_size - 1).astype(np.float32)
-        starts = spots.astype(np.int64)
-        ends = (starts + 1).clip(0, level_size - 1)
-        shares = (spots - starts).astype(np.float32)  # of the next pixels, (M, size, 2)
-        right, down = shares[:, None, :, 0, None], shares[:, :, None, 1, None]
-        first = owners[those][:, None] * level_size[1]  # rows of the images before
-        rows = [(first + at[:, :, 1])[:, :, None] * level_size[0] for at in (starts, ends)]
-        pixels = level.reshape(-1, 3)
-        upper, lower = (
-            (1 - right) * np.take(pixels, row + starts[:, None, :, 0], 0)
-            + right * np.take(pixels, row + ends[:, None, :, 0], 0)
-            for row in rows
-        )
-        crops[those] = (1 - down) * upper + down * lower + 0.5  # cut off to whole numbers, so rounded
+    crops = np.empty((len(boxes), RNET_SIZE, RNET_SIZE, 3), np.uint8)
+    images = {}  # by level and owner
+    for i, key in enumerate(zip(chosen.tolist(), owners.tolist(), strict=True)):
+        if key not in images:
+            images[key] = Image.fromarray(levels[key[0]][key[1]])
+        level = images[key]
+        ratio = np.array(level.size) / image_size
+        region = (regions[i] * np.tile(ratio, 2)).tolist()
+        crops[i] = level.resize((RNET_SIZE, RNET_SIZE), Image.Resampling.BILINEAR, region)
     return crops
 
 
-def inside(boxes: np.ndarray, image_size: np.ndarray) -> np.ndarray:
+def _inside(boxes: np.ndarray, image_size: np.ndarray) -> np.ndarray:
     """Clip MTCNN's boxes (M, 4), whose pixels count from 1, to regions of the image at least a pixel wide."""
     starts = (boxes[:, :2] - 1).clip(0, image_size - 1)
     return np.hstack([starts, boxes[:, 2:].clip(starts + 1, image_size)]).astype(np.float32)
 
 
-def squared(boxes: np.ndarray) -> np.ndarray:
+def _squares(boxes: np.ndarray) -> np.ndarray:
     """Widen or heighten boxes (M, 4) about their centres to squares."""
     centers, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).max(1, keepdims=True)
     return np.hstack([centers - sides / 2, centers + sides / 2]).astype(np.float32)
 
 
-def moved(boxes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+def _shifted(boxes: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Move the edges of boxes (M, 4) by RNet's or ONet's `shifts` (M, 4), shares of the sides."""
     return boxes + shifts * (boxes[:, 2:] - boxes[:, :2] + 1)[:, [0, 1, 0, 1]]
 
 
-def distinct(
+def _distinct(
     boxes: np.ndarray, probs: np.ndarray, owners: np.ndarray, of_smaller: bool = False
 ) -> np.ndarray:
-    """Suppress non-maxima: return the indices of those of M boxes that overlap no surer one, surest first.
-
-    The overlap, of boxes of one owner alone, is the shared area's share of the union, or of the smaller box.
-    """
+    """Return the indices of those of M boxes that overlap no surer one of the same owner, surest first."""
     order = np.argsort(-probs, kind="stable")
     groups = [order[owners[order] == owner] for owner in np.unique(owners)]
     return np.concatenate([group[is_distinct(boxes[group], of_smaller)] for group in groups] or [order])
 
 
 def is_distinct(boxes: np.ndarray, of_smaller: bool) -> np.ndarray:
-    """Tell which of boxes (M, 4), surest first, overlap none of those before them that is kept itself."""
+    """Suppress non-maxima: return which of boxes (M, 4) overlap no kept one before them, (M,) bool.
+
+    Two boxes overlap if they share more than SAME_FACE of their union, or of the smaller one.
+    """
     left, top, right, bottom = np.ascontiguousarray(boxes.T)
     areas = (right - left) * (bottom - top)
     shared = (np.minimum.outer(right, right) - np.maximum.outer(left, left)).clip(0)
@@ -379,7 +640,7 @@ def is_distinct(boxes: np.ndarray, of_smaller: bool) -> np.ndarray:
     whole = np.minimum.outer(areas, areas) if of_smaller else np.add.outer(areas, areas) - shared
     hides = np.tril(shared > SAME_FACE * whole, -1)
     kept, before = np.ones(len(boxes), bool), None
-    while before is None or (kept != before).any():  # settles from the surest down, in a few rounds
+    while before is None or (kept != before).any():  # settles from the first down, in a few rounds
         before, kept = kept, ~(hides & kept).any(1)
     return kept
 
@@ -419,37 +680,42 @@ ARCHS = ("resnet18", "resnet34", "resnet50", "resnet50_v1")
 PARTS = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")  # that have weights
 
 
-class GrayStem(nn.Conv2d):
-    """One-channel first convolution that can equal a colour one exactly, up to the image's border.
-
-    A normalised colour convolution is affine in the gray value; its constant part is smaller where the kernel
-    overlaps the zero padding, so one bias a channel cannot express it. `offset` is that part as a kernel: it
-    is convolved with an image of ones.
-    """
-
-    def __init__(self, out_channels: int):
-        super().__init__(1, out_channels, kernel_size=7, stride=2, padding=3, bias=False)
-        self.offset = nn.Parameter(torch.zeros_like(self.weight))
-
-    def forward(self, images: Tensor) -> Tensor:  # (N, 1, H, W) -> (N, out_channels, H/2, W/2)
-        """Convolve the images and add the constant part."""
-        constant = F.conv2d(
-            torch.ones_like(images[:1]), self.offset, stride=self.stride, padding=self.padding
-        )
-        return super().forward(images) + constant
-
-
 def color_resnet(arch: str) -> nn.Module:
     """Build torchvision's ResNet for normalised RGB images, 1000 classes, with random weights."""
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}, expected one of {', '.join(ARCHS)}")
-    import torchvision  # noqa: PLC0415 (a second that finding faces and a cached classifier do not need)
+    import torchvision
 
-    model = torchvision.models.get_model(arch.removesuffix("_v1"), weights=None)
+    net = torchvision.models.get_model(arch.removesuffix("_v1"), weights=None)
     if arch.endswith("_v1"):
-        for stage in (model.layer2, model.layer3, model.layer4):
+        for stage in (net.layer2, net.layer3, net.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-    return model
+    return net
+
+
+def gray_stem(out_channels: int) -> nn.Conv2d:
+    """Build a one-channel first convolution that can equal a colour one exactly, up to the image's border.
+
+    A normalised colour convolution is affine in the gray value; its constant part is smaller where the kernel
+    overlaps the zero padding, so one bias a channel cannot express it. `offset` is that part as a kernel: it
+    is convolved with an image of ones. Starts as torchvision's convolutions do, with an offset of 0.
+    """
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    class GrayStem(nn.Conv2d):
+        def __init__(self):
+            super().__init__(1, out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+            self.offset = nn.Parameter(torch.zeros_like(self.weight))
+            nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+        def forward(self, images: Tensor) -> Tensor:  # (N, 1, H, W) -> (N, out_channels, H/2, W/2)
+            ones = torch.ones_like(images[:1])
+            constant = F.conv2d(ones, self.offset, stride=self.stride, padding=self.padding)
+            return super().forward(images) + constant
+
+    return GrayStem()
 
 
 def gray_resnet(arch: str, num_classes: int) -> nn.Module:
@@ -458,35 +724,36 @@ def gray_resnet(arch: str, num_classes: int) -> nn.Module:
     With `num_classes` 0 it has no head: it maps images to embeddings (N, D), D being 2048 for resnet50 and
     512 for the smaller ones; else to logits (N, num_classes).
     """
-    model = color_resnet(arch)
-    model.conv1 = GrayStem(model.conv1.out_channels)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-    model.fc = nn.Linear(model.fc.in_features, num_classes) if num_classes else nn.Identity()
-    return model
+    from torch import nn
+
+    net = color_resnet(arch)
+    net.conv1 = gray_stem(net.conv1.out_channels)
+    net.fc = nn.Linear(net.fc.in_features, num_classes) if num_classes else nn.Identity()
+    return net
 
 
-def freeze_except(model: nn.Module, trained: Sequence[str]) -> None:
-    """Let only the named children of `model` learn; `train_mode` keeps the rest's BatchNorm still as well.
+def freeze_except(net: nn.Module, trained: Sequence[str]) -> None:
+    """Let only the named children of `net` learn; `train_mode` keeps the rest's BatchNorm still as well.
 
     Raises:
-        ValueError: the model has no child of that name, or none of the named has parameters.
+        ValueError: the network has no child of that name, or none of the named has parameters.
     """
-    children = dict(model.named_children())
+    children = dict(net.named_children())
     for name in trained:
         if name not in children:
             raise ValueError(f"the network has no part {name!r}, expected some of: {', '.join(children)}")
     for name, child in children.items():
         child.requires_grad_(name in trained)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad for parameter in net.parameters()):
         raise ValueError(
             f"nothing in {' '.join(trained)} can learn; name other parts of {', '.join(children)}"
         )
 
 
-def train_mode(model: nn.Module) -> None:
-    """Put `model` into train mode, except its frozen children, which stay in eval mode."""
-    model.train()
-    for child in model.children():
+def train_mode(net: nn.Module) -> None:
+    """Put `net` into train mode, except its frozen children, which stay in eval mode."""
+    net.train()
+    for child in net.children():
         if not any(parameter.requires_grad for parameter in child.parameters()):
             child.eval()
 
@@ -494,14 +761,13 @@ def train_mode(model: nn.Module) -> None:
 # --- data ---
 
 
-def list_images(folder: Path, limit: int | None = None) -> list[Path]:
+def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
     """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
 
     Raises:
         ValueError: there are none.
     """
-    extensions = set(Image.registered_extensions())
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())
     if not paths:
         raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
     return spread(paths, limit)
@@ -521,26 +787,19 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Te
     own. Several threads read.
 
     Raises:
-        ValueError: a file is not a readable image.
+        PictureError: a file is not a readable image.
     """
+    import torch
 
     def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as file:
-                if size:
-                    file.draft(mode, (size, size))  # JPEG: decode no more pixels than needed
-                image = file.convert(mode)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is not a readable image ({error}); remove or replace it") from None
-        side = min(image.size)
+        image = open_picture(path, mode, draft=size)
+        side, target = min(image.size), size or side_of_first
         x, y = (image.width - side) // 2, (image.height - side) // 2
-        target = size or side_of_first
         if image.size != (target, target):
             image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    with Image.open(paths[0]) as first:
-        side_of_first = min(first.size)
+    side_of_first = size or min(open_picture(paths[0]).size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         arrays = list(
             tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
@@ -548,24 +807,28 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Te
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def list_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -> Sequence[Path]:
-    """List `folder`/<class>/* class by class, as `list_images` does."""
-    return spread([path for name in classes for path in list_images(folder / name)], limit)
+def load_faces(
+    folder: Path, classes: Sequence[str], limit: int | None = None
+) -> tuple[Tensor, Tensor, Sequence[Path]]:
+    """Read `folder`/<class>/*, class by class.
 
-
-def load_faces(folder: Path, classes: Sequence[str], limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Read `folder`/<class>/* as uint8 gray images (N, 1, S, S) and int64 labels (N,), indices of `classes`.
+    Returns:
+        Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
 
     Raises:
-        ValueError: a class has no images.
+        ValueError: a class has no images, or one is not readable.
     """
-    paths = list_faces(folder, classes, limit)
+    import torch
+
+    paths = spread([path for name in classes for path in list_images(folder / name)], limit)
     labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
-    return load_images(paths, "L"), labels
+    return load_images(paths, "L"), labels, paths
 
 
 def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split range(n) at random into train and val; both get at least one."""
+    import torch
+
     if n < 2:
         raise ValueError(f"found {n} image, expected at least 2: one to learn from, one to judge by")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -573,8 +836,10 @@ def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tenso
     return order[num_val:], order[:num_val]
 
 
-def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     """Draw float32 values between `low` and `high`."""
+    import torch
+
     return torch.rand(shape, generator=generator) * (high - low) + low
 
 
@@ -595,11 +860,14 @@ def warp(
         shift: largest move along each axis, as a share of the side.
         zoom: least and largest scale; under 1 the border's pixels fill what lacks.
     """
+    import torch
+    import torch.nn.functional as F
+
     n = len(images)
-    angle = torch.deg2rad(uniform((n,), -degrees, degrees, generator))
-    scale = uniform((n,), *zoom, generator)
+    angle = torch.deg2rad(_uniform((n,), -degrees, degrees, generator))
+    scale = _uniform((n,), *zoom, generator)
     mirror = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
-    move = uniform((n, 2), -2 * shift, 2 * shift, generator)  # the grid's unit is half a side
+    move = _uniform((n, 2), -2 * shift, 2 * shift, generator)  # the grid's unit is half a side
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     theta = torch.stack(  # (N, 2, 3), from output to input coordinates
         [torch.stack([cos * mirror, -sin, move[:, 0]], 1), torch.stack([sin * mirror, cos, move[:, 1]], 1)], 1
@@ -608,8 +876,10 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def compress(images: Tensor, quality: int) -> Tensor:
+def _compress(images: Tensor, quality: int) -> Tensor:
     """Store uint8 images (N, 1, H, W) as JPEG and read them again."""
+    import torch
+
     stored = []
     for image in images[:, 0].cpu().numpy():
         buffer = io.BytesIO()
@@ -625,11 +895,14 @@ def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tens
     contrast, brightness, and cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here,
     cover how detectors crop.
     """
+    import torch
+    import torch.nn.functional as F
+
     n, device = len(images), images.device
     stored = torch.rand(n, generator=generator) < 1 / 4
     if stored.any():
         images = images.clone()
-        images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
+        images[stored] = _compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
     images = images.float() / 255
     coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
@@ -637,20 +910,22 @@ def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tens
         small = F.interpolate(images[coarse], coarse_size, mode="bilinear", antialias=True)
         images[coarse] = F.interpolate(small, images.shape[-1], mode="bilinear", align_corners=False)
     images = warp(images, size, generator, degrees=15, shift=0.1, zoom=(0.7, 1.15))
-    contrast = uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
-    brightness = uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
+    contrast = _uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
+    brightness = _uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
     means = images.mean((1, 2, 3), keepdim=True)
     images = ((images - means) * contrast + means + brightness).clamp(0, 1)
     images = (images - GRAY_MEAN) / GRAY_STD
-    center, half = uniform((n, 2, 1), 0, 1, generator), uniform((n, 2, 1), 0.1, 0.25, generator)
+    center, half = _uniform((n, 2, 1), 0, 1, generator), _uniform((n, 2, 1), 0.1, 0.25, generator)
     half *= torch.rand((n, 1, 1), generator=generator) < 0.5  # the other half stays whole
-    inside = (torch.linspace(0, 1, size) - center).abs() < half  # (N, 2, size)
-    hole = inside[:, 0, :, None] & inside[:, 1, None, :]
+    covers = (torch.linspace(0, 1, size) - center).abs() < half  # (N, 2, size)
+    hole = covers[:, 0, :, None] & covers[:, 1, None, :]
     return images.masked_fill(hole[:, None].to(device), 0)
 
 
 def normalize_faces(images: Tensor, size: int) -> Tensor:
     """Turn uint8 faces (N, 1, H, W) into normalised network input (N, 1, size, size), without chance."""
+    import torch.nn.functional as F
+
     images = F.interpolate(images.float() / 255, size, mode="bilinear", antialias=True)
     return (images - GRAY_MEAN) / GRAY_STD
 
@@ -661,6 +936,8 @@ def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> T
     A class of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes exactly once,
     with 1 all classes come equally often. Images of a class differ in their number of draws by 1 at most.
     """
+    import torch
+
     n = len(labels)
     shuffled = torch.randperm(n, generator=generator)
     counts = torch.bincount(labels).double()
@@ -674,9 +951,14 @@ class FaceBatches:
     """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
-    `targets`, (N, C) float32 shares of the classes, are learned in the labels' place. `mixup`, 0 for none,
-    needs them: it blends a batch's images each with another, by shares from Beta(mixup, mixup).
-    Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
+
+    Args:
+        images: (N, 1, S, S) uint8.
+        labels: (N,) int64.
+        targets: (N, C) float32 shares of the classes, learned in the labels' place.
+        balance: see `epoch_order`.
+        mixup: 0 for none; else, with targets, blend a batch's images each with another, by shares from
+            Beta(mixup, mixup). Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
 
     def __init__(
@@ -701,13 +983,15 @@ class FaceBatches:
         return len(self.labels)
 
     def describe(self, classes: Sequence[str]) -> str:
-        """Say how many images there are, and of which class."""
-        counts = torch.bincount(self.labels, minlength=len(classes)).tolist()
+        """Return how many images there are, and of which class."""
+        counts = self.labels.bincount(minlength=len(classes)).tolist()
         each = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
         return f"{len(self)} images ({each})"
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, C)."""
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         random = np.random.default_rng((self.seed, epoch))
         for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
@@ -719,29 +1003,388 @@ class FaceBatches:
             yield images, targets
 
     def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all faces once, in order, as they are."""
+        """Yield all faces once, in order, as they are: inputs and labels (n,)."""
         for images, labels in zip(
             self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
         ):
             yield normalize_faces(images.to(self.device), self.image_size), labels.to(self.device)
 
 
+# --- judging ---
+
+FIGURES = ("loss", "acc", "mean_recall", "ece")  # of `judge`, the single numbers
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Count (num_classes, num_classes) int64, true class by row and predicted class by column."""
+    counts = (labels * num_classes + predicted).bincount(minlength=num_classes**2)
+    return counts.reshape(num_classes, -1)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """Find the temperature that minimises the cross-entropy of logits (N, C) divided by it, within 0.05-20.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    import torch.nn.functional as F
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+
+    bounds = (math.log(0.05), math.log(20))
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+
+
+def _reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort probs (N, C) into equally wide bins of confidence: each one's count, mean confidence and accuracy.
+
+    Means over an empty bin are 0.
+    """
+    import torch
+
+    confidence, predicted = probs.max(1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
+    counts, *sums = torch.zeros(3, bins).index_add(1, which, values)
+    return counts, *(total / counts.clamp(min=1) for total in sums)
+
+
+def calibration_error(probs: Tensor, labels: Tensor) -> float:
+    """Compute the expected calibration error, 0-1, of probs (N, C), over 15 equally wide bins of confidence.
+
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
+    """
+    counts, confidence, accuracy = _reliability(probs, labels)
+    return (counts * (accuracy - confidence).abs()).sum().item() / len(labels)
+
+
+def judge(logits: Tensor, labels: Tensor, temperature: float, classes: Sequence[str]) -> dict:
+    """Return figures of how good logits (N, C) are.
+
+    `n`; FIGURES: loss and calibration error at the temperature, accuracy, mean recall over the classes that
+    occur; the `recall` by class; the `confusion` matrix, true class by row.
+    """
+    import torch.nn.functional as F
+
+    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
+    counts = matrix.sum(1)
+    recalls = matrix.diag() / counts.clamp(min=1)
+    return {
+        "n": len(labels),
+        "loss": F.cross_entropy(logits / temperature, labels).item(),
+        "acc": (logits.argmax(1) == labels).float().mean().item(),
+        "mean_recall": recalls[counts > 0].mean().item(),
+        "ece": calibration_error((logits / temperature).softmax(1), labels),
+        "recall": dict(zip(classes, recalls.tolist(), strict=True)),
+        "confusion": matrix.tolist(),
+    }
+
+
+def report(
+    split: str,
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    classes: Sequence[str],
+    out_dir: Path,
+    subsets: dict[str, Tensor],
+) -> None:
+    """Print how good logits (N, C) are, also by class; write `split`.json, _confusion.png, _reliability.png.
+
+    Args:
+        subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
+    """
+    import torch
+
+    record = judge(logits, labels, temperature, classes)
+    record["subsets"] = {}
+    matrix = torch.tensor(record["confusion"])
+    majority = matrix.sum(1).max().item() / len(labels)
+
+    def line(figures: dict) -> str:
+        return (
+            f"accuracy {figures['acc']:.2%} of {figures['n']}, mean recall {figures['mean_recall']:.2%}, "
+            f"calibration error {figures['ece']:.3f}"
+        )
+
+    print(f"{split}: {line(record)} (always the commonest class: accuracy {majority:.2%})")
+    for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
+        print(f"{split}: recall {record['recall'][name]:7.2%} of {count:5} {name}")
+    for name, mask in subsets.items():
+        if mask.any():
+            figures = judge(logits[mask], labels[mask], temperature, classes)
+            record["subsets"][name] = {key: figures[key] for key in ("n", *FIGURES)}
+            print(f"{split}, {name}: {line(figures)}")
+    title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
+    plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
+    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
+    save_json(out_dir / f"{split}.json", record)
+    print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
+
+
+def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
+    """Draw the named figures over the epochs into a PNG, a panel for each entry of `panels`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    epochs = [record["epoch"] for record in history]
+    for axes, (title, names) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name in names:
+            axes.plot(epochs, [record[name] for record in history], marker=".", label=name.replace("_", " "))
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
+    """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
+    from matplotlib.figure import Figure
+
+    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*matrix.shape):
+        share = shares[row, column]
+        text, color = f"{share:.1%}\n{matrix[row, column]}", "white" if share > 0.5 else "black"
+        left.text(column, row, text, ha="center", va="center", color=color)
+    ticks = range(len(classes))
+    left.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes)
+    left.set(xlabel="predicted", ylabel="true")
+    bars = right.barh(ticks, shares.diagonal())
+    right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diagonal()], padding=3)
+    right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
+    right.invert_yaxis()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
+    """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG."""
+    from matplotlib.figure import Figure
+
+    counts, confidence, accuracy = (part.numpy() for part in _reliability(probs, labels))
+    filled = counts > 0
+    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    figure.suptitle(f"{title}: calibration error {calibration_error(probs, labels):.3f}, n = {len(labels)}")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="gray", linestyle="dashed", label="perfectly calibrated")
+    upper.plot(confidence[filled], accuracy[filled], marker="o", label="this model")
+    upper.set(ylabel="share that is right", ylim=(0, 1), xlim=(0, 1))
+    upper.legend()
+    edges = np.linspace(0, 1, len(counts) + 1)
+    lower.bar(edges[:-1], counts, width=1 / len(counts), align="edge", edgecolor="white")
+    lower.set(xlabel="probability of the predicted class", ylabel="faces")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+# --- checkpoints ---
+
+FORMAT = 1
+STAGES = ("gray", "fer", "emotion")
+NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "model")
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint, whole and on the disk.
+
+    Raises:
+        OSError: it could not be written; what stood at `path` is untouched.
+    """
+    import torch
+
+    buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, a plain write a telling OSError
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    try:
+        with replacing(path, sync=True) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+    except OSError as error:
+        raise OSError(f"{error}; free some space and go on with --resume") from None
+
+
+def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
+    """Read a checkpoint onto the CPU; weights stored in half precision come back as float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint of this project, or of none of the `stages`.
+    """
+    import torch
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged file
+        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
+        )
+    missing = [name for name in NEEDED if name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is a checkpoint without {', '.join(missing)}; train one, see the README")
+    if checkpoint["stage"] not in stages:
+        expected = " or ".join(repr(stage) for stage in stages)
+        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+    checkpoint["model"] = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in checkpoint["model"].items()
+    }
+    return checkpoint
+
+
+def half_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Store kernels and matrices as float16; BatchNorm and biases stay float32, they are small and touchy."""
+    return {name: value.half() if value.ndim > 1 else value for name, value in weights.items()}
+
+
+def load_network(checkpoint: dict, classes: Sequence[str] | None = None) -> nn.Module:
+    """Build the network of a checkpoint, with its weights.
+
+    Args:
+        classes: what the head is to tell apart (default: the checkpoint's own). A class that the checkpoint
+            knows keeps its row of the head, another one gets a random row.
+
+    Raises:
+        ValueError: the weights do not fit the architecture.
+    """
+    own = list(checkpoint["classes"])
+    classes = own if classes is None else list(classes)
+    net = gray_resnet(checkpoint["arch"], len(classes))
+    weights = dict(checkpoint["model"])
+    if classes != own:
+        for name, value in net.fc.state_dict(prefix="fc.").items():
+            weights[name] = value.clone()
+            for row, emotion in enumerate(classes):
+                if emotion in own:
+                    weights[name][row] = checkpoint["model"][name][own.index(emotion)]
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise ValueError(
+            f"the weights of the checkpoint do not fit a {checkpoint['arch']}: {reason}"
+        ) from None
+    return net
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: the folder that it writes, and what its checkpoints hold beside the weights.
+
+    The folder gets the best checkpoint (to use, in half precision), last.pt (to resume from), log.jsonl (a
+    line for each epoch) and config.json.
+    """
+
+    out_dir: Path
+    stage: str
+    arch: str
+    classes: Sequence[str]  # that the network learns
+    kept: Sequence[str]  # that the best checkpoint tells apart, some of `classes`
+    image_size: int
+    crop_margin: float
+    config: dict  # the options, see `plain_config`
+    best_name: str = "best.pt"
+
+    def start(self, net: nn.Module, device: torch.device, data: dict[str, str], *, is_resumed: bool) -> None:
+        """Make the folder and print on what, with what and how the run trains.
+
+        Args:
+            data: what there is to learn from, in words.
+
+        Raises:
+            ValueError: the folder holds another run's checkpoint, and this is not its resumption.
+        """
+        import torch
+
+        last = self.out_dir / "last.pt"
+        if last.exists() and not is_resumed:
+            raise ValueError(
+                f"{self.out_dir} holds another run; go on with --resume {last}, choose another --out-dir, "
+                "or delete it"
+            )
+        save_json(self.out_dir / "config.json", self.config)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
+        trained = sum(size for size, learns in sizes if learns)
+        print(f"device: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for name, text in data.items():
+            print(f"{name}: {text}")
+        print(f"parameters: {trained:,} of {sum(size for size, _ in sizes):,} learn")
+        print("config: " + " ".join(f"{key}={value}" for key, value in self.config.items()))
+        print(f"if it stops, go on with --resume {last}, written after every epoch", flush=True)
+
+    def save_best(self, net: nn.Module, history: list[dict]) -> None:
+        """Write the best checkpoint: the head keeps the rows of `kept`."""
+        weights = dict(net.state_dict())
+        if list(self.kept) != list(self.classes):
+            rows = [self.classes.index(name) for name in self.kept]
+            weights |= {name: weights[name][rows] for name in ("fc.weight", "fc.bias")}
+        self._save(self.best_name, self.kept, half_precision(weights), history)
+
+    def save_last(self, net: nn.Module, history: list[dict], **training_state: dict) -> None:
+        """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
+        self._save("last.pt", self.classes, net.state_dict(), history, **training_state)
+        with replacing(self.out_dir / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(past) + "\n" for past in history), encoding="utf-8")
+
+    def _save(
+        self, name: str, classes: Sequence[str], weights: dict, history: list[dict], **training_state: dict
+    ) -> None:
+        record = history[-1]
+        checkpoint = {
+            "stage": self.stage,
+            "arch": self.arch,
+            "classes": list(classes),
+            "image_size": self.image_size,
+            "crop_margin": self.crop_margin,
+            "config": self.config,
+            "temperature": record.get("temperature", 1.0),
+            "epoch": record["epoch"],
+            "metrics": record,
+            "history": history,
+            "model": weights,
+        }
+        save_checkpoint(self.out_dir / name, checkpoint | training_state)
+
+
 # --- training ---
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Run `model` in eval mode over all batches; return its outputs and the targets, (N, ...), on the CPU."""
-    model.eval()
+class Schedule(NamedTuple):
+    """How a run trains."""
+
+    epochs: int
+    lr: float  # peak; the first twentieth of the run warms up, then a cosine goes to 0
+    weight_decay: float
+    ema: float = 0.0  # decay of the exponential moving average of the weights per step, 0 for none
+
+
+def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Run `net` in eval mode over all batches; return its outputs and the targets, (N, ...), on the CPU."""
+    import torch
+
+    net.eval()
     outputs, targets = [], []
-    for inputs, target in batches:
-        outputs.append(model(inputs.contiguous(memory_format=torch.channels_last)).cpu())
-        targets.append(target.cpu())
+    with torch.inference_mode():
+        for inputs, target in batches:
+            outputs.append(net(inputs.contiguous(memory_format=torch.channels_last)).cpu())
+            targets.append(target.cpu())
     return torch.cat(outputs), torch.cat(targets)
 
 
 def autocast(device: torch.device) -> torch.autocast:
     """Mix in bfloat16 where the device is faster at it: CUDA, and CPUs that have instructions for it."""
+    import torch
+
     able = torch.cpu.get_capabilities()
     fast = device.type == "cuda" or (
         device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
@@ -756,9 +1399,11 @@ def learning_rate(progress: float, lr: float, warmup: float) -> float:
     return lr * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
-def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
     """Build AdamW over what trains; biases and BatchNorm do not decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    import torch
+
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -768,47 +1413,45 @@ def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimi
 
 
 def fit(
-    model: nn.Module,
+    net: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
     data: FaceBatches,
     validate: Callable[[nn.Module], dict[str, float]],
     *,
     score: Callable[[dict], float],
-    save: Callable[..., None],
-    epochs: int,
-    lr: float,
-    weight_decay: float,
-    ema: float = 0.0,
+    run: Run,
+    schedule: Schedule,
     resume: dict | None = None,
 ) -> list[dict]:
-    """Train `model` in place; return one record an epoch: epoch, lr, train_loss, `validate`'s, images_per_s.
+    """Train `net` in place; return one record an epoch: epoch, lr, train_loss, `validate`'s, images_per_s.
 
     Every stage runs this loop: they differ in data, criterion, `validate` and which parameters train.
 
     Args:
         criterion: (outputs, targets) -> scalar mean loss of a batch.
         data: has `train(epoch)` -> batches of inputs and targets, and a length in images.
-        validate: returns figures by name; it gets the averaged weights when `ema` is on.
+        validate: returns figures by name; it gets the averaged weights when there are any.
         score: of an epoch's record, the higher the better; it picks the best epoch.
-        save: `save(name, model, history, **training_state)` writes a checkpoint.
-        lr: peak; the first twentieth of the run warms up, then a cosine goes to 0.
-        ema: decay of the exponential moving average of the weights per step, 0 for none.
-        resume: the checkpoint `last` of a run with the same options.
+        resume: the checkpoint `last.pt` of a run with the same options.
 
     Raises:
         ValueError: the loss is not finite any more.
     """
-    optimizer = build_optimizer(model, weight_decay)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    epochs, lr, weight_decay, ema = schedule
+    optimizer = build_optimizer(net, weight_decay)
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
     history = []
     if resume:
         history = resume["history"]
         optimizer.load_state_dict(resume["optimizer"])
-        model.load_state_dict(resume["model"])
+        net.load_state_dict(resume["model"])
         if averaged:
             averaged.load_state_dict(resume["averaged"])
     for epoch in range(len(history) + 1, epochs + 1):
-        train_mode(model)
+        train_mode(net)
         start, seen, total_loss = time.perf_counter(), 0, 0.0
         bar = tqdm(total=len(data), desc=f"epoch {epoch}/{epochs}", unit="image", disable=None, leave=False)
         for inputs, targets in data.train(epoch):
@@ -816,12 +1459,12 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = current_lr
             with autocast(inputs.device):
-                loss = criterion(model(inputs.contiguous(memory_format=torch.channels_last)), targets)
+                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if averaged:
-                averaged.update_parameters(model)
+                averaged.update_parameters(net)
             total_loss += loss.item() * len(inputs)
             if not math.isfinite(total_loss):
                 raise ValueError(f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {lr}")
@@ -830,28 +1473,26 @@ def fit(
             bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
         bar.close()
         speed = seen / (time.perf_counter() - start)
-        judged = averaged.module if averaged else model
-        figures = validate(judged)
-        record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **figures}
+        judged = averaged.module if averaged else net
+        record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **validate(judged)}
         history.append({**record, "images_per_s": speed})
         print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
         if score(record) == max(map(score, history)):
-            save("best", judged, history)
+            run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
-        save("last", model, history, optimizer=optimizer.state_dict(), **state)
+        run.save_last(net, history, optimizer=optimizer.state_dict(), **state)
     return history
 
 
 def fit_classifier(
-    model: nn.Module,
+    net: nn.Module,
     train: FaceBatches,
     val: FaceBatches,
-    out_dir: Path,
     *,
-    classes: Sequence[str],
+    run: Run,
+    schedule: Schedule,
     label_smoothing: float,
-    about: dict,
-    **options: object,
+    resume: dict | None = None,
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint.
 
@@ -859,533 +1500,89 @@ def fit_classifier(
     is too noisy.
 
     Args:
-        val: its labels are indices of `classes`.
-        classes: what the best checkpoint tells apart. The run may learn more, named in about["classes"].
+        train: its targets are over `run.classes`.
+        val: its labels are indices of `run.kept`.
         label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
-        about: what the checkpoint says of itself, see `checkpoint_writer`.
-        options: epochs, lr, weight_decay, ema and resume of `fit`.
     """
-    kept = [about["classes"].index(name) for name in classes]
+    import torch.nn.functional as F
+
+    kept = [run.classes.index(name) for name in run.kept]
 
     def criterion(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
-    def validate(net: nn.Module) -> dict[str, float]:
-        logits, labels = evaluate(net, val.eval())
+    def validate(judged: nn.Module) -> dict[str, float]:
+        logits, labels = evaluate(judged, val.eval())
         logits = logits[:, kept]
         temperature = fit_temperature(logits, labels)
-        figures = judge(logits, labels, temperature)
-        return {**{f"val_{name}": value for name, value in figures.items()}, "temperature": temperature}
+        figures = judge(logits, labels, temperature, run.kept)
+        return {**{f"val_{name}": figures[name] for name in FIGURES}, "temperature": temperature}
 
     def score(record: dict) -> float:
         return -record["val_loss"]
 
-    save = checkpoint_writer(out_dir, **about)
-    history = fit(model, criterion, train, validate, score=score, save=save, **options)
+    history = fit(net, criterion, train, validate, score=score, run=run, schedule=schedule, resume=resume)
     panels = {"loss": ["train_loss", "val_loss"], "validation": ["val_acc", "val_mean_recall"]}
-    plot_history(history, panels, out_dir / "curves.png")
-    best = keep_classes(load_checkpoint(out_dir / "best.pt"), classes)
-    save_checkpoint(out_dir / "best.pt", {**best, "model": half_precision(best["model"])})
-    return best
-
-
-# --- judging a classifier ---
-
-
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count (num_classes, num_classes) int64, true class by row and predicted class by column."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, -1)
-
-
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature that minimises the cross-entropy of logits (N, C) divided by it, within 0.05-20.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
-    """
-    log_low, log_high = math.log(0.05), math.log(20)
-    for _ in range(30):  # ternary search: the loss has one minimum in the temperature
-        third = (log_high - log_low) / 3
-        low, high = log_low + third, log_high - third
-        if F.cross_entropy(logits / math.exp(low), labels) < F.cross_entropy(logits / math.exp(high), labels):
-            log_high = high
-        else:
-            log_low = low
-    return math.exp((log_low + log_high) / 2)
-
-
-def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort probs (N, C) into equally wide bins of confidence: each one's count, mean confidence and accuracy.
-
-    Means over an empty bin are 0.
-    """
-    confidence, predicted = probs.max(1)
-    which = (confidence * bins).long().clamp(max=bins - 1)
-    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).float()])
-    counts, *sums = torch.zeros(3, bins).index_add(1, which, values)
-    return counts, *(total / counts.clamp(min=1) for total in sums)
-
-
-def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Compute the expected calibration error, 0-1, of probs (N, C), over equally wide bins of confidence.
-
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
-    """
-    counts, confidence, accuracy = reliability(probs, labels, bins)
-    return (counts * (accuracy - confidence).abs()).sum().item() / len(labels)
-
-
-def judge(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, float]:
-    """Summarise logits (N, C): loss, accuracy, mean recall over the classes that occur, calibration error."""
-    matrix = confusion_matrix(logits.argmax(1), labels, logits.shape[1])
-    occurs = matrix.sum(1) > 0
-    recalls = matrix.diag()[occurs] / matrix.sum(1)[occurs]
-    return {
-        "loss": F.cross_entropy(logits / temperature, labels).item(),
-        "acc": (logits.argmax(1) == labels).float().mean().item(),
-        "mean_recall": recalls.mean().item(),
-        "ece": calibration_error((logits / temperature).softmax(1), labels),
-    }
-
-
-def summarize(logits: Tensor, labels: Tensor, temperature: float, classes: Sequence[str]) -> dict:
-    """Return `n`, what `judge` says of logits (N, C), the `recall` by class, and the `confusion` matrix."""
-    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
-    recalls = dict(zip(classes, (matrix.diag() / matrix.sum(1).clamp(min=1)).tolist(), strict=True))
-    figures = judge(logits, labels, temperature)
-    return {"n": len(labels), **figures, "recall": recalls, "confusion": matrix.tolist()}
-
-
-def report(
-    split: str,
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float,
-    classes: Sequence[str],
-    out_dir: Path,
-    subsets: dict[str, Tensor] | None = None,
-) -> None:
-    """Print how good logits (N, C) are, also by class; write `split`.json, _confusion.png, _reliability.png.
-
-    Args:
-        subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
-    """
-    figures = summarize(logits, labels, temperature, classes)
-    matrix = torch.tensor(figures["confusion"])
-    record = {**figures, "subsets": {}}
-    majority = matrix.sum(1).max().item() / len(labels)
-
-    def line(figures: dict[str, float], n: int) -> str:
-        return (
-            f"accuracy {figures['acc']:.2%} of {n}, mean recall {figures['mean_recall']:.2%}, "
-            f"calibration error {figures['ece']:.3f}"
-        )
-
-    print(f"{split}: {line(figures, len(labels))} (always the commonest class: accuracy {majority:.2%})")
-    for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
-        print(f"{split}: recall {figures['recall'][name]:7.2%} of {count:5} {name}")
-    for name, mask in (subsets or {}).items():
-        if mask.any():
-            record["subsets"][name] = judge(logits[mask], labels[mask], temperature) | {"n": int(mask.sum())}
-            print(f"{split}, {name}: {line(record['subsets'][name], int(mask.sum()))}")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    title = f"{split}: accuracy {figures['acc']:.1%}, n = {len(labels)}"
-    plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
-    (out_dir / f"{split}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
-
-
-def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
-    """Draw the named figures over the epochs into a PNG, a panel for each entry of `panels`."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (labelling faces does not need it)
-
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-    epochs = [record["epoch"] for record in history]
-    for axes, (title, names) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        for name in names:
-            axes.plot(epochs, [record[name] for record in history], marker=".", label=name.replace("_", " "))
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(*matrix.shape):
-        share = shares[row, column]
-        left.text(
-            *(column, row, f"{share:.1%}\n{matrix[row, column]}"),
-            **{"ha": "center", "va": "center", "color": "white" if share > 0.5 else "black"},
-        )
-    ticks = range(len(classes))
-    left.set(
-        xticks=ticks,
-        yticks=ticks,
-        xticklabels=classes,
-        yticklabels=classes,
-        xlabel="predicted",
-        ylabel="true",
-    )
-    bars = right.barh(ticks, shares.diagonal())
-    right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diagonal()], padding=3)
-    right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
-    right.invert_yaxis()
-    figure.savefig(path, dpi=150)
-
-
-def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
-    """Draw how often probs (N, C) are right when they say how sure they are, over 15 bins, into a PNG."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    counts, confidence, accuracy = (part.numpy() for part in reliability(probs, labels))
-    filled = counts > 0
-    figure = Figure(figsize=(5, 5.5), layout="constrained")
-    figure.suptitle(f"{title}: calibration error {calibration_error(probs, labels):.3f}, n = {len(labels)}")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="gray", linestyle="dashed", label="perfectly calibrated")
-    upper.plot(confidence[filled], accuracy[filled], marker="o", label="this model")
-    upper.set(ylabel="share that is right", ylim=(0, 1), xlim=(0, 1))
-    upper.legend()
-    edges = np.linspace(0, 1, len(counts) + 1)
-    lower.bar(edges[:-1], counts, width=1 / len(counts), align="edge", edgecolor="white")
-    lower.set(xlabel="probability of the predicted class", ylabel="faces")
-    figure.savefig(path, dpi=150)
-
-
-# --- checkpoints ---
-
-FORMAT = 1
-STAGES = ("gray", "fer", "emotion")
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint that is whole or not there: to a temporary file, flushed, then renamed over `path`.
-
-    Raises:
-        OSError: it could not be written; what stood at `path` is untouched.
-    """
-    buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, a plain write a telling OSError
-    torch.save({"format": FORMAT, **checkpoint}, buffer)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {path}: {error.strerror}; free some space and go on with --resume"
-        ) from None
-
-
-def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
-    """Read a checkpoint onto the CPU; weights stored in half precision come back as float32.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a checkpoint of this project, or of none of the `stages`.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
-        )
-    if checkpoint["stage"] not in stages:
-        expected = " or ".join(repr(stage) for stage in stages)
-        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
-    checkpoint["model"] = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in checkpoint["model"].items()
-    }
-    return checkpoint
-
-
-def half_precision(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Store kernels and matrices as float16; BatchNorm and biases stay float32, they are small and touchy."""
-    return {name: value.half() if value.ndim > 1 else value for name, value in weights.items()}
-
-
-def checkpoint_writer(out_dir: Path, **about: object) -> Callable[..., None]:
-    """Make the function with which `fit` saves: `best.pt` to use, `last.pt` to resume from, `log.jsonl`.
-
-    Args:
-        about: what the checkpoint says of itself: stage, arch, classes, image_size, crop_margin, config.
-    """
-
-    def save(name: str, model: nn.Module, history: list[dict], **training_state: dict) -> None:
-        record = history[-1]
-        weights = model.state_dict()
-        save_checkpoint(
-            out_dir / f"{name}.pt",
-            {
-                **about,
-                "normalization": {"mean": GRAY_MEAN, "std": GRAY_STD},
-                "temperature": record.get("temperature", 1.0),
-                "epoch": record["epoch"],
-                "metrics": record,
-                "history": history,
-                "model": weights if training_state else half_precision(weights),
-                **training_state,
-            },
-        )
-        if training_state:
-            lines = "".join(json.dumps(past) + "\n" for past in history)
-            (out_dir / "log.jsonl").write_text(lines, encoding="utf-8")
-
-    return save
-
-
-def init_from(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load an earlier stage's weights in place.
-
-    Raises:
-        ValueError: names or shapes differ, for example because the architecture does.
-    """
-    try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"the initial weights do not fit: {str(error).splitlines()[1].strip()}") from None
-    if missing or unexpected:
-        raise ValueError(
-            f"the initial weights do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
-
-
-def keep_classes(checkpoint: dict, classes: Sequence[str]) -> dict:
-    """Return a checkpoint whose head tells only `classes`, some of its own, apart."""
-    rows = [checkpoint["classes"].index(name) for name in classes]
-    head = {name: checkpoint["model"][name][rows] for name in ("fc.weight", "fc.bias")}
-    return {**checkpoint, "classes": list(classes), "model": {**checkpoint["model"], **head}}
-
-
-def load_network(checkpoint: dict) -> nn.Module:
-    """Build the network of a trained checkpoint."""
-    model = gray_resnet(checkpoint["arch"], len(checkpoint["classes"]))
-    model.load_state_dict(checkpoint["model"])
-    return model
+    plot_history(history, panels, run.out_dir / "curves.png")
+    return load_checkpoint(run.out_dir / run.best_name)
 
 
 # --- inference ---
 
 
-class ForPixels(nn.Module):
-    """A network that takes images (N, H, W, C), values 0-255, as they come and normalises them itself."""
-
-    def __init__(self, model: nn.Module, mean: float, std: float):
-        super().__init__()
-        self.model, self.mean, self.std = model, mean, std
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Run the network on (images - mean) / std, float32 (N, C, H, W)."""
-        return self.model((images.permute(0, 3, 1, 2).float() - self.mean) / self.std)
-
-
-MAX_BATCH = 32  # images that an engine takes at once; larger batches are no faster on two cores
-
-
-class Engine:
-    """A network ready to run: compiled by OpenVINO for a CPU, else as it is by torch.
-
-    What OpenVINO compiled is kept in the user's cache folder, for converting takes seconds. A file there is
-    good for one set of weights, of versions and kind of CPU; a missing or damaged one is made again.
-    Not to be called by two threads at once.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        build: Callable[[], nn.Module],
-        weights: bytes,
-        like: Tensor,
-        device: torch.device,
-        *,
-        any_size: bool = False,
-        fast: bool = False,
-    ):
-        """Compile a network, or find it compiled.
-
-        Args:
-            name: of its file in the cache.
-            build: makes the network, called only if it must be.
-            weights: stands for all on which the network depends, beside this file.
-            like: a batch of images (2, H, W, C), as the network takes them.
-            device: where it runs.
-            any_size: H and W may vary from call to call.
-            fast: use bfloat16 on a CPU that is fast at it.
-        """
-        self._pads = not any_size
-        self._infer = None
-        if device.type == "cpu":
-            self._infer = openvino_infer(name, build, weights, like, any_size, fast)
-        if self._infer is None:
-            self._infer = torch_infer(build().eval(), device)
-
-    def __call__(self, images: np.ndarray) -> list[np.ndarray]:
-        """Run images (N, H, W, C); return the network's outputs, float32 (N, ...)."""
-        if not self._pads:
-            return self._infer(images)
-        parts = []
-        for start in range(0, max(len(images), 1), MAX_BATCH):
-            batch = images[start : start + MAX_BATCH]
-            # OpenVINO prepares for each shape that it meets, so there are few: 1, 2, 4 ... MAX_BATCH.
-            length = 1 << max(len(batch) - 1, 0).bit_length()
-            padding = np.zeros((length - len(batch), *batch.shape[1:]), batch.dtype)
-            parts.append([output[: len(batch)] for output in self._infer(np.concatenate([batch, padding]))])
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
-
-
-def torch_infer(network: nn.Module, device: torch.device) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Make the function that runs a network by torch."""
-    network = network.to(device, memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def infer(images: np.ndarray) -> list[np.ndarray]:
-        outputs = network(torch.from_numpy(images).to(device))
-        return [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
-
-    return infer
-
-
-def openvino_infer(
-    name: str, build: Callable[[], nn.Module], weights: bytes, like: Tensor, *how: bool
-) -> Callable[[np.ndarray], list[np.ndarray]] | None:
-    """Make the function that runs a network by OpenVINO, None where that is not installed; as `Engine`."""
-    sys.modules.setdefault("openvino_telemetry", None)  # it would report each import to Google Analytics
-    try:
-        import openvino  # noqa: PLC0415 (not there on every machine)
-    except ImportError:
-        return None
-    any_size, fast = how
-    core = openvino.Core()
-    fast = fast and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if fast else "f32"}
-    shape = (-1, -1, -1, like.shape[3]) if any_size else (-1, *like.shape[1:])
-    cpu = core.get_property("CPU", "FULL_DEVICE_NAME")
-    key = repr((openvino.__version__, torch.__version__, cpu, shape, like.dtype, options)).encode()
-    digest = hashlib.sha256(key + Path(__file__).read_bytes() + weights).hexdigest()
-    path = cache_dir() / f"{name}-{digest[:16]}.bin"
-    blob = read_cache(path)
-    if blob:
-        compiled = core.import_model(blob, "CPU", options)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, that tracing will go some day
-            network = openvino.convert_model(
-                build().eval(), example_input=like, input=[openvino.PartialShape(shape)]
-            )
-        compiled = core.compile_model(network, "CPU", options)
-        write_cache(path, compiled.export_model().getvalue())
-    request = compiled.create_infer_request()
-
-    def infer(images: np.ndarray) -> list[np.ndarray]:
-        return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
-
-    return infer
-
-
-def cache_dir() -> Path:
-    """Name the folder for what can be made again; see the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
-
-
-CACHE_DAYS = 30  # chosen here; each change of weights or versions leaves 100 MB behind
-
-
-def read_cache(path: Path) -> bytes | None:
-    """Read what `write_cache` wrote; None if it is missing, unreadable or not whole."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        path.touch()  # it is in use
-    digest, blob = content[:32], content[32:]
-    return blob if hashlib.sha256(blob).digest() == digest else None
-
-
-def write_cache(path: Path, blob: bytes) -> None:
-    """Keep `blob` for `read_cache`, and nothing that was not used for CACHE_DAYS.
-
-    Where nothing can be kept, it is made again each time.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        for other in path.parent.glob("*.bin"):
-            if time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
-                other.unlink()
-
-
 class Classifier:
-    """A trained network, ready to tell the emotions of faces.
+    """A trained network, ready to classify faces.
 
     Attributes:
         classes: names, in the order of the probabilities.
-        checkpoint: all that the file says of itself, weights excepted.
+        image_size: side of the network's input, pixels.
+        crop_margin: for `crop_faces`.
+        temperature: of the softmax.
     """
 
-    def __init__(self, checkpoint: dict, device: torch.device):
-        self.classes = tuple(checkpoint["classes"])
-        self.checkpoint = {key: value for key, value in checkpoint.items() if key != "model"}
-
-        def build() -> nn.Module:
-            return ForPixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
-
-        weights = b"".join(tensor.numpy().tobytes() for tensor in checkpoint["model"].values())
-        weights += repr((checkpoint["arch"], self.classes)).encode()
-        like = torch.zeros(2, checkpoint["image_size"], checkpoint["image_size"], 1)
-        self._engine = Engine("classifier", build, weights, like, device, fast=True)
-
-    @classmethod
-    def load(cls, path: Path, device: torch.device) -> "Classifier":
+    def __init__(self, path: Path, device: torch.device | str):
         """Read a checkpoint of finetune_fer.py or finetune_emotion.py; raises as `load_checkpoint`."""
-        return cls(load_checkpoint(path, stages=("fer", "emotion")), device)
+
+        def build() -> Source:
+            import torch
+
+            checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
+            network = from_pixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
+            size = checkpoint["image_size"]
+            notes = {
+                name: checkpoint[name] for name in ("classes", "image_size", "crop_margin", "temperature")
+            }
+            return Source(network, torch.zeros(2, size, size, 1), notes)
+
+        key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
+        self._engine = Engine("classifier", key.encode(), build, device, fast=True)
+        notes = self._engine.notes
+        self.classes = tuple(notes["classes"])
+        self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
+        self.temperature = notes["temperature"]
 
     def predict(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
         """Classify the faces in `boxes` (N, 4) in one batch; return probabilities (N, C) float32."""
-        return self.predict_crops(crop_faces(image, boxes, self.checkpoint["crop_margin"]))
+        return self.predict_crops(crop_faces(image, boxes, self.crop_margin))
 
     def predict_all(self, images: Sequence[Image.Image], boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Classify the faces in each image's `boxes` (N, 4), all in one batch; return (N, C) for each."""
-        margin = self.checkpoint["crop_margin"]
-        crops = [crop_faces(image, own, margin) for image, own in zip(images, boxes, strict=True)]
+        crops = [crop_faces(image, own, self.crop_margin) for image, own in zip(images, boxes, strict=True)]
         probs = self.predict_crops(list(itertools.chain(*crops)))
         ends = np.cumsum([len(own) for own in crops])
         return [probs[end - len(own) : end] for own, end in zip(crops, ends, strict=True)]
 
     def predict_crops(self, crops: Sequence[Image.Image]) -> np.ndarray:
         """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32."""
-        size = self.checkpoint["image_size"]
+        size = self.image_size
         images = np.empty((len(crops), size, size, 1), np.float32)
         for i, crop in enumerate(crops):  # as normalize_faces, which trained it, resizes: not rounded
             gray = crop.convert("L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
-        logits = torch.from_numpy(logits) / self.checkpoint["temperature"]
-        return logits.softmax(1).numpy()
+        logits = logits / self.temperature
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
 
 
 # --- command line ---
@@ -1401,7 +1598,8 @@ def one_line_errors(main: Callable) -> Callable:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         try:
-            main(argv)
+            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                main(argv)  # the warning's error, at twice the size, stays
         except BrokenPipeError:  # whoever reads stdout has enough; the rest must not raise again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -1415,7 +1613,7 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """Make an argparse type: an int or float within [low, high]."""
+    """Return an argparse type: an int or float within [low, high]."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -1427,14 +1625,69 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return parse
 
 
-def add_device_option(parser: argparse.ArgumentParser) -> None:
-    """Add --device; `pick_device` reads it."""
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="where the networks run; auto takes the first there is of cuda, mps, cpu (default: %(default)s)",
-    )
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and the description as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False):  # what happens without the option is in its help
+            return action.help
+        if isinstance(action.default, list | tuple):
+            return f"{action.help} (default: {' '.join(action.default)})"
+        return super()._get_help_string(action)
+
+
+_SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(float, 0)
+# What several scripts understand; the default is the script's own.
+OPTIONS = {
+    "data_dir": {"type": Path, "metavar": "DIR", "help": "folder of images"},
+    "out_dir": {"type": Path, "metavar": "DIR", "help": "folder to write into"},
+    "emotions": {"nargs": "+", "metavar": "NAME", "help": "classes"},
+    "init": {"type": Path, "metavar": "CHECKPOINT", "help": "start from this best.pt of an earlier stage"},
+    "resume": {
+        "type": Path,
+        "metavar": "CHECKPOINT",
+        "help": "go on with an interrupted run from its last.pt, with its options; those given anew win",
+    },
+    "image_size": {"type": number(int, 32, 512), "metavar": "PX", "help": "side of the input, pixels"},
+    "epochs": {"type": _COUNT, "metavar": "N", "help": "passes over the data"},
+    "batch_size": {"type": _COUNT, "metavar": "N", "help": "images a step"},
+    "lr": {"type": _NOT_NEGATIVE, "metavar": "X", "help": "peak learning rate of AdamW"},
+    "weight_decay": {"type": _NOT_NEGATIVE, "metavar": "X", "help": "of AdamW"},
+    "ema": {
+        "type": _SHARE,
+        "metavar": "DECAY",
+        "help": "average the weights over the steps with this decay; 0: do not",
+    },
+    "unfreeze": {"nargs": "+", "metavar": "PART", "help": f"parts that learn, of {' '.join(PARTS)}"},
+    "val_fraction": {"type": number(float, 0, 0.9), "metavar": "X", "help": "share of images held out"},
+    "balance": {
+        "type": _SHARE,
+        "metavar": "X",
+        "help": "0: each image once an epoch, 1: each class equally often",
+    },
+    "mixup": {
+        "type": number(float, 0, 10),
+        "metavar": "ALPHA",
+        "help": "blend pairs of faces by shares from Beta(ALPHA, ALPHA); 0: do not",
+    },
+    "label_smoothing": {
+        "type": number(float, 0, 0.9),
+        "metavar": "X",
+        "help": "share of the target that is spread over all classes",
+    },
+    "limit": {"type": _COUNT, "metavar": "N", "help": "use only N images, of each split if there are splits"},
+    "seed": {"type": number(int, 0), "metavar": "N", "help": "of everything random"},
+    "device": {
+        "choices": ("auto", "cpu", "cuda", "mps"),
+        "help": "where the networks run; auto takes the first there is of cuda, mps, cpu",
+    },
+}
+
+
+def add_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Add some of OPTIONS, each with a script's own default."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **OPTIONS[name])
 
 
 def pick_device(name: str) -> torch.device:
@@ -1443,6 +1696,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: this machine has none of that kind.
     """
+    import torch
+
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -1451,189 +1706,29 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def add_training_options(
-    parser: argparse.ArgumentParser,
-    *,
-    data_dir: str,
-    out_dir: str,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    image_size: int | None = None,
-) -> None:
-    """Add what all finetune_*.py scripts understand, with a stage's own defaults."""
-    add = parser.add_argument
-    add("--data-dir", type=Path, default=data_dir, help="folder of images (default: %(default)s)")
-    add("--out-dir", type=Path, default=out_dir, help="for checkpoints and plots (default: %(default)s)")
-    add(
-        "--image-size",
-        type=number(int, 32, 512),
-        default=image_size,
-        metavar="PX",
-        help=f"input side, pixels (default: {image_size or 'that of --init'})",
-    )
-    add(
-        "--epochs",
-        type=number(int, 1),
-        default=epochs,
-        metavar="N",
-        help="passes over the data (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=number(int, 1),
-        default=batch_size,
-        metavar="N",
-        help="images a step (default: %(default)s)",
-    )
-    add(
-        "--lr",
-        type=number(float, 0),
-        default=lr,
-        metavar="X",
-        help="peak learning rate of AdamW (default: %(default)s)",
-    )
-    add(
-        "--weight-decay",
-        type=number(float, 0),
-        default=weight_decay,
-        metavar="X",
-        help="of AdamW (default: %(default)s)",
-    )
-    add(
-        "--ema",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="DECAY",
-        help="average the weights over the steps with this decay; 0: do not (default: %(default)s)",
-    )
-    add(
-        "--limit",
-        type=number(int, 1),
-        metavar="N",
-        help="use only N images, of each split if there are splits",
-    )
-    add(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="of everything random (default: %(default)s)",
-    )
-    add(
-        "--resume",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="go on with an interrupted run from its last.pt, with its options; those given anew win",
-    )
-    add_device_option(parser)
-
-
-def add_freezing_option(parser: argparse.ArgumentParser, unfreeze: Sequence[str]) -> None:
-    """Add what lets only parts of the network learn."""
-    parser.add_argument(
-        "--unfreeze",
-        nargs="+",
-        default=list(unfreeze),
-        metavar="PART",
-        help=f"parts that learn, of {' '.join(PARTS)} (default: {' '.join(unfreeze)})",
-    )
-
-
-def add_split_option(parser: argparse.ArgumentParser) -> None:
-    """Add what the stages understand that split their own data."""
-    parser.add_argument(
-        "--val-fraction",
-        type=number(float, 0, 0.9),
-        default=0.2,
-        metavar="X",
-        help="share of images held out (default: %(default)s)",
-    )
-
-
-def add_classifier_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the stages understand that tell emotions apart."""
-    parser.add_argument(
-        "--balance",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="X",
-        help="0: each image once an epoch, 1: each class equally often (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--mixup",
-        type=number(float, 0, 10),
-        default=0.0,
-        metavar="ALPHA",
-        help="blend pairs of faces by shares from Beta(ALPHA, ALPHA); 0: do not (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--label-smoothing",
-        type=number(float, 0, 0.9),
-        default=0.1,
-        metavar="X",
-        help="share of the target that is spread over all classes (default: %(default)s)",
-    )
-
-
 def parse_with_resume(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str
-) -> argparse.Namespace:
+) -> tuple[argparse.Namespace, dict | None]:
     """Parse the command line; with --resume, the interrupted run's options become the defaults.
 
-    `args.resumed` is the checkpoint to go on from, or None.
+    Returns:
+        The options, and the checkpoint to go on from or None.
 
     Raises:
         ValueError: --resume names no last.pt of this stage.
     """
     args = parser.parse_args(argv)
-    args.resumed = None
-    if args.resume:
-        resumed = load_checkpoint(args.resume, stages=(stage,))
-        if "optimizer" not in resumed:
-            raise ValueError(
-                f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
-            )
-        parser.set_defaults(**resumed["config"])  # argparse turns text into paths as it does its own defaults
-        args = parser.parse_args(argv)
-        args.resumed = resumed
-    return args
-
-
-def start_run(args: argparse.Namespace, model: nn.Module, device: torch.device, data: dict[str, str]) -> None:
-    """Make the output folder, write config.json into it, and say on what, with what and how a run will train.
-
-    Raises:
-        ValueError: the folder holds another run's checkpoint, and this is not its resumption.
-    """
-    if (args.out_dir / "last.pt").exists() and not args.resume:
+    if not args.resume:
+        return args, None
+    resumed = load_checkpoint(args.resume, stages=(stage,))
+    if "optimizer" not in resumed:
         raise ValueError(
-            f"{args.out_dir} holds another run; go on with --resume {args.out_dir / 'last.pt'}, "
-            "choose another --out-dir, or delete it"
+            f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    config = plain_config(args)
-    (args.out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, learns in sizes if learns)
-    print(f"device: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name, text in data.items():
-        print(f"{name}: {text}")
-    print(f"parameters: {trained:,} of {sum(size for size, _ in sizes):,} learn")
-    print("config: " + " ".join(f"{key}={value}" for key, value in config.items()))
-    print(
-        f"if it stops, go on with --resume {args.out_dir / 'last.pt'}, written after every epoch", flush=True
-    )
+    parser.set_defaults(**resumed["config"])  # argparse turns text into paths as it does its own defaults
+    return parser.parse_args(argv), resumed
 
 
-def fit_options(args: argparse.Namespace) -> dict:
-    """Return those of the options that `fit` takes."""
-    names = ("epochs", "lr", "weight_decay", "ema")
-    return {**{name: getattr(args, name) for name in names}, "resume": args.resumed}
-
-
-def plain_config(args: argparse.Namespace) -> dict:
-    """Return the options as plain types, for checkpoints and config.json."""
-    options = {key: value for key, value in vars(args).items() if key not in ("resume", "resumed")}
-    return json.loads(json.dumps(options, default=str))  # paths become text, in lists too
+def plain_config(options: dict) -> dict:
+    """Return a script's options as plain types, for checkpoints and config.json."""
+    return json.loads(json.dumps({k: v for k, v in options.items() if k != "resume"}, default=str))
