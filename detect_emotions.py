@@ -1,13 +1,14 @@
-"""Find every face in photos and videos, tell its emotion, and write labelled copies, called <name>_emotions.
+"""Find every face in photos and videos, classify its emotion, and write labelled copies, <name>_emotions.
 
-MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet tells
-the emotion from a square crop of each. In a video the faces are followed from frame to frame, and their
+MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet
+classifies a square crop of each. In a video the faces are followed from frame to frame, and their
 probabilities are smoothed over time; beside the labelled video stand a table of all faces in all frames, one
 of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
 video, tab-separated, or JSON Lines.
-Labels take the place at their box where they hide least of other faces and labels, and drop the percentage
-where space is short. The colours are Okabe and Ito's, which the colour-blind can tell apart too
-(https://jfly.uni-koeln.de/color/).
+
+The parts stand in the order in which a picture passes through them: sources (what is to be labelled, and
+where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
+videos, plots, the live window), main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg
@@ -15,6 +16,8 @@ Usage:
     python detect_emotions.py --recursive holiday
     python detect_emotions.py --camera 0
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -29,16 +32,13 @@ import signal
 import sys
 import threading
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -46,63 +46,332 @@ from tqdm import tqdm
 
 import model as shared
 
-Font = ImageFont.FreeTypeFont
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import ModuleType
 
-# The five that the shipped model knows have those colours of the palette that the colour-blind confuse least.
-COLORS = {
-    "angry": "#D55E00",
-    "disgusted": "#009E73",
-    "happy": "#F0E442",
-    "sad": "#0072B2",
-    "surprised": "#56B4E9",
-    "fearful": "#CC79A7",
-    "neutral": "#E69F00",
-    "contemptuous": "#000000",
-}
-LANDMARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as one sees them
+    import av
+    import pandas as pd
+
+    Font = ImageFont.FreeTypeFont
+
+# --- sources ---
+
 VIDEO_SUFFIXES = {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"}
 VIDEO_SUFFIXES |= {".3gp", ".ts", ".webm", ".wmv"}
 KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # copies of all others are PNGs
+ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
 
-# Chosen here by looking at portraits and at groups of up to 67 faces.
-MIN_FONT_SIZE = 12  # pixels; smaller letters run together
-LINE_WIDTH, PADDING, LABEL_HEIGHT = 1 / 7, 1 / 4, 5 / 4  # in font sizes
-NUM_PLACES = 12  # for a label: above, below, inside its box at the top or bottom; flush left, right, centred
-# What a place costs, in squares of the label's height: for each step down the list of places, and for each
-# square of its own face and of other labels that it hides. A square of another face costs 1.
-STEP_COST, OWN_FACE_COST, LABEL_COST = 0.02, 0.5, 4.0
-NUM_SWEEPS = 4  # times that each label may look for a better place
-MOVE_COST = 1.0  # in a video, for any other place than in the frame before
 
-# Chosen here by looking at labelled videos. What is drawn rests until the truth is this far off.
-STEADY_BOX = 0.04  # of the box's longer side
-STEADY_PROB = 0.05
-STEADY_FONT = 0.2  # of the font's size
-SWITCH_LEAD = 0.1  # by which another emotion's smoothed probability must lead for the label to change
+class Source(NamedTuple):
+    """Something to label."""
+
+    path: Path
+    kind: str  # "photo", "video" or "camera"
+    folder: Path | None  # for its outputs
+    is_named: bool = True  # on the command line, not found in a folder or by a pattern
+
+
+def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -> list[Source]:
+    """List the photos and videos that the inputs name, each once: files, folders, patterns with * ? [].
+
+    What this script made is left out of folders and patterns. A folder's subfolders return in `out_dir`.
+
+    Raises:
+        ValueError: a folder or pattern has none.
+    """
+    readable = shared.picture_suffixes() | VIDEO_SUFFIXES
+    sources = {}
+    for text in inputs:
+        path, top, is_named = Path(text), None, False
+        if path.is_dir():
+            files, top = path.rglob("*") if recursive else path.iterdir(), path
+        elif glob.has_magic(text) and not path.exists():
+            files = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (Path.glob wants a folder)
+        else:
+            files, is_named = [path], True
+        if not is_named:
+            files = sorted(file for file in files if file.suffix.lower() in readable)
+            if not files:
+                raise ValueError(f"{text} has no photos or videos; name files, or a folder with --recursive")
+            files = [file for file in files if file.is_file() and not is_output(file)]
+        for file in files:
+            kind = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
+            below = file.parent.relative_to(top) if top else ""
+            source = Source(file, kind, out_dir / below if out_dir else file.parent, is_named)
+            if is_named or file not in sources:
+                sources[file] = source
+    return list(sources.values())
+
+
+def is_output(path: Path) -> bool:
+    """Return whether a file is named as this script names what it writes."""
+    return re.search("_emotions(_timeline)?$", path.stem) is not None
+
+
+def name_outputs(source: Source, has_video: bool) -> dict[str, Path]:
+    """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
+    if source.folder is None:
+        return {}
+    base = f"{source.path.stem}_emotions"
+    if source.kind == "photo":
+        is_kept = Image.registered_extensions().get(source.path.suffix.lower()) in KEPT_FORMATS
+        return {"copy": source.folder / (base + (source.path.suffix if is_kept else ".png"))}
+    parts = ENDINGS if has_video else [part for part in ENDINGS if part != "video"]
+    return {part: source.folder / (base + ENDINGS[part]) for part in parts}
+
+
+def plan_outputs(
+    sources: Sequence[Source], has_video: bool, csv_path: Path | None
+) -> dict[Source, dict[str, Path]]:
+    """Name all outputs.
+
+    Raises:
+        ValueError: one of them or the CSV would overwrite a source or another output.
+    """
+    plan = {source: name_outputs(source, has_video) for source in sources}
+    inputs, owners = {source.path.resolve() for source in sources}, {}
+    for source, outputs in plan.items():
+        for output in outputs.values():
+            if output.resolve() in inputs:
+                raise ValueError(
+                    f"the copy of {source.path} would overwrite {output}, an input too; leave that one out"
+                )
+            other = owners.setdefault(output.resolve(), source.path)
+            if other != source.path:
+                raise ValueError(f"{other} and {source.path} would both become {output}; use two folders")
+    if csv_path and csv_path.resolve() in inputs | owners.keys():
+        raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
+    return plan
+
+
+def leave_out_finished(plan: dict[Source, dict[str, Path]]) -> dict[Source, dict[str, Path]]:
+    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
+
+    def is_finished(source: Source, outputs: dict[str, Path]) -> bool:
+        changed = source.path.stat().st_mtime
+        return all(path.exists() and path.stat().st_mtime >= changed for path in outputs.values())
+
+    left = {
+        source: outputs
+        for source, outputs in plan.items()
+        if source.is_named or not is_finished(source, outputs)
+    }
+    if len(left) < len(plan):
+        print(f"{len(plan) - len(left)} were finished before; --overwrite does them again", file=sys.stderr)
+    return left
+
+
+# --- frames ---
 
 MISSED = 0.5  # s that the last frame may end before a video should; chosen here
-BT709, MPEG_RANGE = 1, 1  # FFmpeg's numbers for the colours of HD video, and for 16-235 as black to white
-LOST_AFTER = 0.5  # s without a sight of the face, then its track ends; chosen here
-MIN_IOU = 0.3  # of the box where a track is expected and a box that may be its face; as in SORT (Bewley 2016)
-SAME_FACE = 0.7  # share of the smaller of two boxes: one face if both share it; as in MTCNN's last stage
-# Of the box where a face is expected and what the last stage makes of it. Over and over on one frame, it is
-# 0.98 and more for a whole face, but 0.77 to 0.79 for one that the edge cuts: such a box grows without end.
-NEAR_IOU = 0.8
-KEEP_PROB = 0.7  # of the last stage for a known face; MTCNN's own threshold
-# Mean difference of two frames' gray thumbnails that makes a cut. In four videos, neighbouring frames of a
-# shot differ by 10.3 at most, frames of two videos by 57 at least (32x18 pixels, values 0-255).
-CUT, THUMBNAIL = 25, (32, 18)
+BT709 = 1  # FFmpeg's number for the colours of HD video
 
-# libx264 on 200 frames of 640x360, one run, CPU ms a frame and size: superfast 2.4 and 1144 kB, veryfast 3.3
-# and 621 kB, faster 5.8 and 653 kB, medium 9.4 and 666 kB; PSNR at this crf 44.1, 42.8, 44.0, 44.4 dB.
-ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
-COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
-NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
-NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose bins and picture are kept to choose from
-PICTURE_SIZE = 64  # pixels, of a face beside its timeline
+
+class Frame(NamedTuple):
+    """One picture of a video."""
+
+    number: int  # from 0
+    time: Fraction  # s, since the first frame of the whole video
+    duration: Fraction  # s
+    image: Image.Image  # RGB, upright
+
+
+def load_opencv() -> ModuleType:
+    """Import OpenCV.
+
+    Raises:
+        ValueError: it, or a system library that it needs, is not there.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(
+            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get "
+            "install libgl1 libglib2.0-0, or pip install opencv-python-headless for cameras without a window"
+        ) from None
+    return cv2
+
+
+def load_av() -> ModuleType:
+    """Import PyAV, which photos do not need, after OpenCV.
+
+    In the other order OpenCV's windows hang on Linux, for both bring their own libxcb along
+    (https://github.com/PyAV-Org/PyAV/issues/978).
+    """
+    with suppress(ValueError):
+        load_opencv()
+    import av
+
+    return av
+
+
+class Video:
+    """A video file.
+
+    Attributes:
+        rate: frames/s, the mean.
+        num_frames: about how many there are, or None.
+        lost: what could not be read of it, in words; complete once all frames were read.
+    """
+
+    batch_size = 8  # frames that are worked on together
+
+    def __init__(self, path: Path, start: float, end: float):
+        """Open a file to read it from `start` until `end`, s.
+
+        Raises:
+            ValueError: it is not a video that FFmpeg can read.
+        """
+        self.name, self.path, self.start, self.end, self.lost = str(path), path, start, end, []
+        av = load_av()
+        try:
+            self._container = av.open(str(path), metadata_errors="ignore")
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"{path} is not a video that can be read: {error.strerror}") from None
+        self._stream = self._container.streams.best("video")
+        if self._stream is None:
+            raise ValueError(f"{path} has no picture, only sound; name a video")
+        self._stream.thread_type = "AUTO"
+        self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        self.time_base = self._stream.time_base
+        codec = self._stream.codec_context
+        self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
+        self.sample_aspect_ratio = codec.sample_aspect_ratio
+        self._origin = self._stream.start_time or 0
+        self._length = self._stream.duration and float(self._stream.duration * self.time_base)  # s
+        if "DURATION" in self._stream.metadata:  # Matroska
+            self._length = clock_time(self._stream.metadata["DURATION"])
+        self.num_frames = self._length and round((min(end, self._length) - start) * self.rate)
+
+    def frames(self) -> Iterator[Frame]:
+        """Read the frames, all as large as the first."""
+        return trim(self._decode(), self.start, self.end)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def _decode(self) -> Iterator[Frame]:
+        if self.start:
+            self._container.seek(self._origin + int(self.start / self.time_base), stream=self._stream)
+        size, last, ends = None, Fraction(-1), Fraction(0)
+        for picture in self._pictures():
+            time = ends if picture.pts is None else (picture.pts - self._origin) * self.time_base
+            if time <= last:
+                continue  # the timestamps are damaged, or it comes before what the file says is its start
+            image = picture.to_image()
+            if picture.rotation:
+                image = image.rotate(picture.rotation, expand=True)
+            size = size or image.size
+            duration = (picture.duration or 0) * self.time_base or 1 / self.rate
+            last, ends = time, time + duration
+            yield Frame(0, time, duration, image if image.size == size else image.resize(size))
+        if self._length and ends < self._length - MISSED:
+            self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
+
+    def _pictures(self) -> Iterator[av.VideoFrame]:
+        """Decode all pictures that can be."""
+        av = load_av()
+        num_damaged, packets, packet = 0, self._container.demux(self._stream), True
+        while packet:
+            try:
+                packet = next(packets, None)  # the last, an empty one, lets the decoder give what it holds
+                for picture in self._stream.decode(packet):
+                    num_damaged += picture.is_corrupt
+                    yield picture
+            except EOFError:
+                break
+            except av.error.FFmpegError:
+                num_damaged += 1
+        if num_damaged:
+            self.lost.append(f"{num_damaged} damaged parts were left out or guessed")
+
+
+class Camera:
+    """A camera, or a stream that OpenCV opens; Ctrl-C is its end. The attributes are those of `Video`."""
+
+    batch_size = 1  # so that the window shows what is now
+    path, num_frames, time_base = None, None, Fraction(1, 90_000)
+    colors, sample_aspect_ratio = (BT709, BT709, BT709), None
+
+    def __init__(self, device: str, start: float, end: float):
+        """Open a camera by its number, or a stream by its address, to read it from `start` until `end`, s.
+
+        Raises:
+            ValueError: it does not open.
+        """
+        cv2 = load_opencv()
+        cv2.utils.logging.setLogLevel(
+            cv2.utils.logging.LOG_LEVEL_SILENT
+        )  # the error below says what is wrong
+        self.name, self.start, self.end, self.lost = camera_name(device), start, end, []
+        self._capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
+        if not self._capture.isOpened():
+            raise ValueError(f"camera {device} does not open; is it there, and does no other program use it?")
+        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
+        self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
+        self._is_ended = threading.Event()
+        self._handler = signal.getsignal(signal.SIGINT)
+        if self._handler != signal.SIG_IGN:  # a background run's stays ignored
+            signal.signal(signal.SIGINT, lambda *_: self._is_ended.set())
+
+    def frames(self) -> Iterator[Frame]:
+        """Read the frames as they come; their times are those at which they were read."""
+        return trim(self._read(), self.start, self.end)
+
+    def close(self) -> None:
+        """Give the camera back, and Ctrl-C its meaning."""
+        signal.signal(signal.SIGINT, self._handler)
+        self._capture.release()
+
+    def _read(self) -> Iterator[Frame]:
+        opened, last = time.monotonic(), -1 / self.rate
+        while not self._is_ended.is_set():
+            is_read, pixels = self._capture.read()
+            if not is_read:
+                return
+            now = round((time.monotonic() - opened) / self.time_base) * self.time_base
+            yield Frame(0, now, now - last, Image.fromarray(pixels[:, :, ::-1]))
+            last = now
+
+
+def camera_name(device: str) -> str:
+    """Name a camera's outputs: camera0 for 0."""
+    return "camera" + re.sub(r"\W+", "_", device)
+
+
+def clock_time(text: str) -> float:
+    """Read a time as seconds or as [h:]mm:ss, for argparse."""
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a time; expected seconds, mm:ss or h:mm:ss")
+    return sum(float(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
+
+
+def trim(frames: Iterable[Frame], start: float, end: float) -> Iterator[Frame]:
+    """Pass on the frames from `start` until `end`, s, numbered from 0."""
+    passed = itertools.dropwhile(lambda frame: frame.time < start, frames)
+    wanted = itertools.takewhile(lambda frame: frame.time < end, passed)
+    for number, frame in enumerate(wanted):
+        yield frame._replace(number=number)
+
+
+def in_background(items: Iterator, ahead: int) -> Iterator:
+    """Let a thread of its own run an iterator, up to `ahead` items ahead of the reader."""
+    end = object()
+    worker = ThreadPoolExecutor(1)
+    try:
+        upcoming = deque(worker.submit(next, items, end) for _ in range(ahead))
+        while (item := upcoming.popleft().result()) is not end:
+            upcoming.append(worker.submit(next, items, end))
+            yield item
+    finally:
+        worker.shutdown(cancel_futures=True)
 
 
 # --- faces ---
+
+LANDMARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as one sees them
 
 
 def face_record(
@@ -112,13 +381,13 @@ def face_record(
     image_size: Sequence[int],
     emotion: int | None = None,
 ) -> dict:
-    """Put what is known of a face into the plain object that --json prints.
+    """Return what is known of a face as the plain object that --json prints.
 
     Args:
         face: box, detector's probability and landmarks, a row of `model.Faces`.
         probs: (C,) of the `classes`.
         image_size: width and height, which clip the box.
-        emotion: index of the class to tell (default: the likeliest).
+        emotion: index of the class that labels the face (default: the likeliest).
     """
     box, face_prob, landmarks = (np.asarray(part, float) for part in face)
     probs = probs.astype(float).round(4).tolist()
@@ -133,8 +402,10 @@ def face_record(
     }
 
 
-def read_faces(image: Image.Image, finder: shared.FaceFinder, classifier: shared.Classifier) -> list[dict]:
-    """Find and classify an RGB image's faces, from left to right, as the plain objects that --json prints."""
+def classify_faces(
+    image: Image.Image, finder: shared.FaceFinder, classifier: shared.Classifier
+) -> list[dict]:
+    """Find and classify an RGB image's faces; return their records, from left to right."""
     found = finder.find(image)
     probs = classifier.predict(image, found.boxes)
     rows = zip(zip(*found, strict=True), probs, strict=True)
@@ -142,7 +413,234 @@ def read_faces(image: Image.Image, finder: shared.FaceFinder, classifier: shared
     return sorted(records, key=lambda record: record["box"][:2])
 
 
+# --- tracks ---
+
+LOST_AFTER = 0.5  # s without a sight of the face, then its track ends; chosen here
+MIN_IOU = 0.3  # of the box where a track is expected and a box that may be its face; as in SORT (Bewley 2016)
+# Of the box where a face is expected and what the last stage makes of it. Over and over on one frame, it is
+# 0.98 and more for a whole face, but 0.77 to 0.79 for one that the edge cuts: such a box grows without end.
+NEAR_IOU = 0.8
+KEEP_PROB = 0.7  # of the last stage for a known face; MTCNN's own threshold
+# Mean difference of two frames' gray thumbnails that makes a cut. In four videos, neighbouring frames of a
+# shot differ by 10.3 at most, frames of two videos by 57 at least (32x18 pixels, values 0-255).
+CUT, THUMBNAIL = 25, (32, 18)
+SWITCH_LEAD = 0.1  # by which another emotion's smoothed probability must lead for the label to change
+
+
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Areas that boxes (N, 4) share with others (M, 4): (N, M)."""
+    starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    ends = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return (ends - starts).clip(0).prod(2)
+
+
+def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes (N, 4) with others (M, 4): (N, M)."""
+    areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(1) for part in (boxes, others))
+    common = overlaps(boxes, others)
+    return common / (areas[:, None] + other_areas - common)
+
+
+def match_boxes(boxes: np.ndarray, others: np.ndarray) -> dict[int, int]:
+    """Pair boxes (N, 4) with others (M, 4), the best IoU first, none below MIN_IOU; return index to index."""
+    ious, pairs = box_ious(boxes, others), {}
+    while ious.size and ious.max() >= MIN_IOU:
+        i, j = map(int, np.unravel_index(ious.argmax(), ious.shape))
+        pairs[i] = j
+        ious[i], ious[:, j] = 0, 0
+    return pairs
+
+
+@dataclass(eq=False)
+class Track:
+    """One face over time: where it is, and what it looks like."""
+
+    box: np.ndarray  # (4,) xyxy, where it was last seen
+    time: float  # s, when
+    number: int = 0  # from 1
+    velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the box's centre, pixels/s
+    is_classified: bool = False  # or is about to be
+    probs: np.ndarray | None = None  # (C,), smoothed
+    probs_time: float = 0.0  # s, when the last of them came in
+    emotion: int = 0  # index of the class that labels it
+
+    def expected(self, time: float) -> np.ndarray:
+        """Return where the face should be at a time, going on as it did: (4,)."""
+        return self.box + np.tile(self.velocity * (time - self.time), 2)
+
+    def move(self, box: np.ndarray, time: float) -> None:
+        """Take in that the face was seen."""
+        if time > self.time:
+            shift = (box - self.box).reshape(2, 2).mean(0)
+            self.velocity = (self.velocity + shift / (time - self.time)) / 2
+        self.box, self.time = box, time
+
+    def smooth(self, probs: np.ndarray, time: float, time_constant: float) -> None:
+        """Take in new probabilities (C,) by an exponential moving average; its time constant is in s."""
+        is_first = self.probs is None
+        is_free = is_first or not time_constant
+        weight = 1.0 if is_free else 1 - math.exp((self.probs_time - time) / time_constant)
+        self.probs = probs if is_first else self.probs + weight * (probs - self.probs)
+        self.probs_time = time
+        top = int(self.probs.argmax())
+        lead = SWITCH_LEAD if time_constant else 0
+        if is_first or self.probs[top] > self.probs[self.emotion] + lead:
+            self.emotion = top
+
+
+class Sighting(NamedTuple):
+    """A track's face in one frame; the last three as in a row of `model.Faces`."""
+
+    track: Track
+    box: np.ndarray
+    prob: float
+    landmarks: np.ndarray
+
+
+class Tracker:
+    """Finds out which face of a frame is which face of the frames before."""
+
+    def __init__(self, finder: shared.FaceFinder):
+        self._finder = finder
+        self._tracks: list[Track] = []
+        self._numbers = itertools.count(1)
+
+    def forget(self) -> None:
+        """End all tracks, as a cut does."""
+        self._tracks = []
+
+    def follow(self, image: Image.Image, time: float, found: shared.Faces | None) -> list[Sighting]:
+        """See where the faces are in the next frame, by track number.
+
+        Args:
+            image: RGB.
+            time: of the frame, s.
+            found: all its faces if it was searched; they start tracks. A known face that is not among them is
+                looked for where it should be, with the cascade's last stage alone.
+        """
+        image_box = np.array([(0, 0, *image.size)], np.float32)
+        expected = np.array([track.expected(time) for track in self._tracks], np.float32).reshape(-1, 4)
+        pairs = match_boxes(expected, found.boxes) if found else {}
+        seen = [Sighting(self._tracks[i], *(part[j] for part in found)) for i, j in pairs.items()]
+
+        missed = [
+            i for i in range(len(expected)) if i not in pairs and overlaps(expected[[i]], image_box) > 0
+        ]
+        refined = self._finder.refine(image, expected[missed])
+        is_face = refined.probs >= min(KEEP_PROB, self._finder.min_prob)
+        is_near = box_ious(expected[missed], refined.boxes).diagonal() >= NEAR_IOU
+        if found:
+            is_face &= is_near
+        else:  # at the image's edge the last stage may drift off; the next search puts it right
+            refined = refined._replace(boxes=np.where(is_near[:, None], refined.boxes, expected[missed]))
+        is_face &= overlaps(refined.boxes, image_box)[:, 0] > 0
+        seen += [
+            Sighting(self._tracks[missed[i]], *(part[i] for part in refined)) for i in np.flatnonzero(is_face)
+        ]
+        seen.sort(key=lambda sighting: sighting.track.number)
+
+        for j in sorted(set(range(len(found.boxes) if found else 0)) - set(pairs.values())):
+            seen.append(Sighting(Track(found.boxes[j], time), *(part[j] for part in found)))
+        boxes = np.array([sighting.box for sighting in seen]).reshape(-1, 4)
+        kept = list(itertools.compress(seen, shared.is_distinct(boxes, of_smaller=True)))
+        for sighting in kept:
+            sighting.track.move(sighting.box, time)
+            sighting.track.number = sighting.track.number or next(self._numbers)
+        unseen = set(self._tracks) - {sighting.track for sighting in seen}
+        lost = [track for track in self._tracks if track in unseen and time - track.time <= LOST_AFTER]
+        self._tracks = [sighting.track for sighting in kept] + lost
+        return kept
+
+
+def is_cut(thumbnail: np.ndarray, before: np.ndarray) -> bool:
+    """Return whether a new shot begins, from the gray thumbnails of a frame and the one before."""
+    return float(np.abs(thumbnail - before).mean()) > CUT
+
+
+def follow_faces(
+    frames: Iterator[Frame],
+    finder: shared.FaceFinder,
+    classifier: shared.Classifier,
+    *,
+    every: int,
+    search_every: float,
+    smooth: float,
+    batch_size: int,
+) -> Iterator[tuple[Frame, list[dict]]]:
+    """Find, follow and classify the faces of a video; yield each frame with its faces, by track number.
+
+    The faces are objects of `face_record` with the number of their `track`, their probabilities smoothed.
+
+    Args:
+        frames: all of one size.
+        every: classify each face in every so many frames, and when it is new.
+        search_every: s from a search of the whole frame to the next; there is one at cuts too.
+        smooth: time constant, s; 0: do not smooth.
+        batch_size: frames that are searched and classified together.
+    """
+    tracker, searched, before = Tracker(finder), -math.inf, None
+    while batch := list(itertools.islice(frames, batch_size)):
+        cuts, searches = set(), []
+        for frame in batch:
+            small = frame.image.resize(THUMBNAIL, Image.Resampling.NEAREST)
+            thumbnail = np.asarray(small.convert("L"), float)
+            if before is not None and is_cut(thumbnail, before):
+                cuts.add(frame.number)
+            if frame.number in cuts or frame.time - searched >= search_every:
+                searches.append(frame)
+                searched = frame.time
+            before = thumbnail
+        results = finder.find_all([frame.image for frame in searches])
+        found = {frame.number: faces for frame, faces in zip(searches, results, strict=True)}
+
+        seen, asked = [], []
+        for frame in batch:
+            if frame.number in cuts:
+                tracker.forget()
+            seen.append(tracker.follow(frame.image, float(frame.time), found.get(frame.number)))
+            is_due = frame.number % every == 0
+            asked.append([each for each in seen[-1] if is_due or not each.track.is_classified])
+            for sighting in asked[-1]:
+                sighting.track.is_classified = True
+        boxes = [np.array([each.box for each in part], np.float32).reshape(-1, 4) for part in asked]
+        answers = classifier.predict_all([frame.image for frame in batch], boxes)
+        for frame, sightings, part, probs in zip(batch, seen, asked, answers, strict=True):
+            for sighting, face_probs in zip(part, probs, strict=True):
+                sighting.track.smooth(face_probs.astype(float), float(frame.time), smooth)
+            faces = []
+            for track, *face in sightings:
+                record = face_record(face, track.probs, classifier.classes, frame.image.size, track.emotion)
+                faces.append({"track": track.number, **record})
+            yield frame, faces
+
+
 # --- labels ---
+
+# Okabe and Ito's colours, which the colour-blind can tell apart too (https://jfly.uni-koeln.de/color/). The
+# five classes of the shipped model have those that they confuse least.
+COLORS = {
+    "angry": "#D55E00",
+    "disgusted": "#009E73",
+    "happy": "#F0E442",
+    "sad": "#0072B2",
+    "surprised": "#56B4E9",
+    "fearful": "#CC79A7",
+    "neutral": "#E69F00",
+    "contemptuous": "#000000",
+}
+# Chosen here by looking at portraits and at groups of up to 67 faces.
+MIN_FONT_SIZE = 12  # pixels; smaller letters run together
+LINE_WIDTH, PADDING, LABEL_HEIGHT = 1 / 7, 1 / 4, 5 / 4  # in font sizes
+NUM_PLACES = 12  # for a label: above, below, inside its box at the top or bottom; flush left, right, centred
+# What a place costs, in squares of the label's height: for each step down the list of places, and for each
+# square of its own face and of other labels that it hides. A square of another face costs 1.
+STEP_COST, OWN_FACE_COST, LABEL_COST = 0.02, 0.5, 4.0
+NUM_SWEEPS = 4  # times that each label may look for a better place
+MOVE_COST = 1.0  # in a video, for any other place than in the frame before
+# Chosen here by looking at labelled videos. What is drawn rests until the truth is this far off.
+STEADY_BOX = 0.04  # of the box's longer side
+STEADY_PROB = 0.05
+STEADY_FONT = 0.2  # of the font's size
 
 
 def class_colors(classes: Sequence[str]) -> dict[str, str]:
@@ -173,9 +671,9 @@ def load_font(path: Path | None, size: int) -> Font:
 
 
 def label_size(text: str, font: Font) -> tuple[int, int]:
-    """Width and height in pixels of a label with its padding."""
+    """Return width and height in pixels of a label with its padding."""
     width = font.getlength(text) + 2 * PADDING * font.size
-    return int(np.ceil(width)), int(np.ceil(LABEL_HEIGHT * font.size))
+    return math.ceil(width), math.ceil(LABEL_HEIGHT * font.size)
 
 
 def fit_font(path: Path | None, word: str, box: Sequence[float], image_size: Sequence[int]) -> Font:
@@ -199,13 +697,6 @@ def label_places(box: np.ndarray, sizes: Sequence, image_size: Sequence[int]) ->
     ]
     corners, sizes = np.hsplit(np.array(corners_and_sizes, float), 2)
     return np.hstack([corners, corners + sizes])
-
-
-def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Areas that boxes (N, 4) share with others (M, 4): (N, M)."""
-    starts = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    ends = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return (ends - starts).clip(0).prod(2)
 
 
 def place_labels(
@@ -287,15 +778,14 @@ def draw_faces(
     steady = [steady_face(*each) for each in zip(faces, fonts, last, strict=True)]
     boxes, probs, fonts = zip(*steady, strict=True) if steady else ((), (), ())
     edges = np.array(boxes).reshape(-1, 4).round()
-    texts = [
-        (f"{face['emotion']} {prob:.0%}", face["emotion"]) for face, prob in zip(faces, probs, strict=True)
-    ]
+    emotions = [face["emotion"] for face in faces]
+    texts = [(f"{name} {prob:.0%}", name) for name, prob in zip(emotions, probs, strict=True)]
     sizes = [[label_size(text, font) for text in pair] for pair, font in zip(texts, fonts, strict=True)]
     chosen, labels = place_labels(edges, sizes, image.size, [each and each.place for each in last])
 
     copy = image.copy()
     draw = ImageDraw.Draw(copy)
-    fills = [colors[face["emotion"]] for face in faces]
+    fills = [colors[name] for name in emotions]
     for (x0, y0, x1, y1), fill, font in zip(edges, fills, fonts, strict=True):
         corners = (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1))  # Pillow's rectangles include their last pixel
         draw.rectangle(corners, outline=fill, width=max(1, round(LINE_WIDTH * font.size)))
@@ -304,513 +794,191 @@ def draw_faces(
         center, text = ((x0 + x1) / 2, (y0 + y1) / 2), texts[i][chosen[i] // NUM_PLACES]
         draw.text(center, text, text_color(fills[i]), fonts[i], anchor="mm")
     if drawn is not None:
-        emotions = [face["emotion"] for face in faces]
-        now = map(Drawn, boxes, emotions, probs, fonts, chosen)
         tracks = [face["track"] for face in faces]
         drawn.clear()
-        drawn.update(zip(tracks, now, strict=True))
+        drawn.update(zip(tracks, map(Drawn, boxes, emotions, probs, fonts, chosen), strict=True))
     return copy
 
 
-# --- tracks ---
+# --- outputs ---
+
+# libx264 on 200 frames of 640x360, one run, CPU ms a frame and size: superfast 2.4 and 1144 kB, veryfast 3.3
+# and 621 kB, faster 5.8 and 653 kB, medium 9.4 and 666 kB; PSNR at this crf 44.1, 42.8, 44.0, 44.4 dB.
+ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
+MPEG_RANGE = 1  # FFmpeg's number for 16-235 as black to white
+COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
+NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
+NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose picture is kept to choose from
+PICTURE_SIZE = 64  # pixels, of a face beside its timeline
+CHUNK = 5000  # faces that wait to be summed up together
 
 
-class Frame(NamedTuple):
-    """One picture of a video."""
-
-    number: int  # from 0
-    time: Fraction  # s, since the first frame of the whole video
-    duration: Fraction  # s
-    image: Image.Image  # RGB, upright
-
-
-@dataclass(eq=False)
-class Track:
-    """One face over time: where it is, and what it looks like."""
-
-    box: np.ndarray  # (4,) xyxy, where it was last seen
-    time: float  # s, when
-    number: int = 0  # from 1
-    velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the box's centre, pixels/s
-    is_read: bool = False  # its emotion was asked for
-    probs: np.ndarray | None = None  # (C,), smoothed
-    read_time: float = 0.0  # s, when the last of them came in
-    emotion: int = 0  # index of the class that the label tells
-
-    def expected(self, time: float) -> np.ndarray:
-        """Where the face should be at a time, going on as it did: (4,)."""
-        return self.box + np.tile(self.velocity * (time - self.time), 2)
-
-    def move(self, box: np.ndarray, time: float) -> None:
-        """Take in that the face was seen."""
-        if time > self.time:
-            shift = (box - self.box).reshape(2, 2).mean(0)
-            self.velocity = (self.velocity + shift / (time - self.time)) / 2
-        self.box, self.time = box, time
-
-    def read(self, probs: np.ndarray, time: float, smooth: float) -> None:
-        """Take in new probabilities (C,) with an exponential moving average of time constant `smooth`, s."""
-        is_first = self.probs is None
-        weight = 1.0 if is_first or not smooth else 1 - math.exp((self.read_time - time) / smooth)
-        self.probs = probs if is_first else self.probs + weight * (probs - self.probs)
-        self.read_time = time
-        top = int(self.probs.argmax())
-        if is_first or self.probs[top] > self.probs[self.emotion] + (SWITCH_LEAD if smooth else 0):
-            self.emotion = top
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image in the format that the path's suffix names, with its colour profile."""
+    image_format = Image.registered_extensions()[path.suffix.lower()]
+    options = {"quality": 95, "subsampling": "4:4:4", "icc_profile": image.info.get("icc_profile")}
+    with shared.replacing(path) as temporary:
+        image.save(temporary, image_format, **options)
 
 
-class Sighting(NamedTuple):
-    """A track's face in one frame; the last three as in a row of `model.Faces`."""
-
-    track: Track
-    box: np.ndarray
-    prob: float
-    landmarks: np.ndarray
+def face_columns(classes: Sequence[str]) -> list[str]:
+    """Name the columns of `face_cells`."""
+    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
+    probs = [f"prob_{name}" for name in classes]
+    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
 
 
-def box_ious(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes (N, 4) with others (M, 4): (N, M)."""
-    areas, other_areas = ((part[:, 2:] - part[:, :2]).prod(1) for part in (boxes, others))
-    common = overlaps(boxes, others)
-    return common / (areas[:, None] + other_areas - common)
+def face_cells(face: dict) -> list:
+    """Spread an object of `face_record` over the cells of a row."""
+    points = itertools.chain(*face["landmarks"].values())
+    return [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values(), *points]
 
 
-def match_boxes(boxes: np.ndarray, others: np.ndarray) -> dict[int, int]:
-    """Pair boxes (N, 4) with others (M, 4), the best IoU first, none below MIN_IOU; return index to index."""
-    ious, pairs = box_ious(boxes, others), {}
-    while ious.size and ious.max() >= MIN_IOU:
-        i, j = map(int, np.unravel_index(ious.argmax(), ious.shape))
-        pairs[i] = j
-        ious[i], ious[:, j] = 0, 0
-    return pairs
-
-
-def drop_repeats(sightings: Sequence[Sighting]) -> list[Sighting]:
-    """Leave out each sighting that shows the same face as one before it."""
-    kept = []
-    for sighting in sightings:
-        boxes = np.array([sighting.box, *(other.box for other in kept)])
-        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-        shares = overlaps(boxes[:1], boxes[1:])[0] / np.minimum(areas[0], areas[1:])
-        if not (shares > SAME_FACE).any():
-            kept.append(sighting)
-    return kept
-
-
-class Tracker:
-    """Tells which face of a frame is which face of the frames before."""
-
-    def __init__(self, finder: shared.FaceFinder):
-        self._finder = finder
-        self._tracks: list[Track] = []
-        self._numbers = itertools.count(1)
-
-    def forget(self) -> None:
-        """End all tracks, as a cut does."""
-        self._tracks = []
-
-    def follow(self, image: Image.Image, time: float, found: shared.Faces | None) -> list[Sighting]:
-        """See where the faces are in the next frame, by track number.
-
-        Args:
-            image: RGB.
-            time: of the frame, s.
-            found: all its faces if it was searched; they start tracks. A known face that is not among them is
-                looked for where it should be, with the cascade's last stage alone.
-        """
-        image_box = np.array([(0, 0, *image.size)], np.float32)
-        expected = np.array([track.expected(time) for track in self._tracks], np.float32).reshape(-1, 4)
-        pairs = match_boxes(expected, found.boxes) if found else {}
-        seen = [Sighting(self._tracks[i], *(part[j] for part in found)) for i, j in pairs.items()]
-
-        missed = [
-            i for i in range(len(expected)) if i not in pairs and overlaps(expected[[i]], image_box) > 0
-        ]
-        refined = self._finder.refine(image, expected[missed])
-        is_face = refined.probs >= min(KEEP_PROB, self._finder.min_prob)
-        is_near = box_ious(expected[missed], refined.boxes).diagonal() >= NEAR_IOU
-        if found:
-            is_face &= is_near
-        else:  # at the image's edge the last stage may drift off; the next search will tell
-            refined = refined._replace(boxes=np.where(is_near[:, None], refined.boxes, expected[missed]))
-        is_face &= overlaps(refined.boxes, image_box)[:, 0] > 0
-        seen += [
-            Sighting(self._tracks[missed[i]], *(part[i] for part in refined)) for i in np.flatnonzero(is_face)
-        ]
-        seen.sort(key=lambda sighting: sighting.track.number)
-
-        for j in sorted(set(range(len(found.boxes) if found else 0)) - set(pairs.values())):
-            seen.append(Sighting(Track(found.boxes[j], time), *(part[j] for part in found)))
-        kept = drop_repeats(seen)
-        for sighting in kept:
-            sighting.track.move(sighting.box, time)
-            sighting.track.number = sighting.track.number or next(self._numbers)
-        unseen = set(self._tracks) - {sighting.track for sighting in seen}
-        lost = [track for track in self._tracks if track in unseen and time - track.time <= LOST_AFTER]
-        self._tracks = [sighting.track for sighting in kept] + lost
-        return kept
-
-
-def is_cut(thumbnail: np.ndarray, before: np.ndarray) -> bool:
-    """Say whether a new shot begins, from the gray thumbnails of a frame and the one before."""
-    return float(np.abs(thumbnail - before).mean()) > CUT
-
-
-def follow_faces(
-    frames: Iterator[Frame],
-    finder: shared.FaceFinder,
-    classifier: shared.Classifier,
-    *,
-    every: int,
-    search_every: float,
-    smooth: float,
-    batch_size: int,
-) -> Iterator[tuple[Frame, list[dict]]]:
-    """Find, follow and classify the faces of a video; yield each frame with its faces, by track number.
-
-    The faces are objects of `face_record` with the number of their `track`, their probabilities smoothed.
-
-    Args:
-        frames: all of one size.
-        every: classify each face in every so many frames, and when it is new.
-        search_every: s from a search of the whole frame to the next; there is one at cuts too.
-        smooth: time constant, s; 0: do not smooth.
-        batch_size: frames that are searched and classified together.
-    """
-    tracker, searched, before = Tracker(finder), -math.inf, None
-    while batch := list(itertools.islice(frames, batch_size)):
-        cuts, searches = set(), []
-        for frame in batch:
-            thumbnail = np.asarray(
-                frame.image.resize(THUMBNAIL, Image.Resampling.NEAREST).convert("L"), float
-            )
-            if before is not None and is_cut(thumbnail, before):
-                cuts.add(frame.number)
-            if frame.number in cuts or frame.time - searched >= search_every:
-                searches.append(frame)
-                searched = frame.time
-            before = thumbnail
-        results = finder.find_all([frame.image for frame in searches]) if searches else []
-        found = {frame.number: faces for frame, faces in zip(searches, results, strict=True)}
-
-        seen, asked = [], []
-        for frame in batch:
-            if frame.number in cuts:
-                tracker.forget()
-            seen.append(tracker.follow(frame.image, float(frame.time), found.get(frame.number)))
-            asked.append([each for each in seen[-1] if frame.number % every == 0 or not each.track.is_read])
-            for sighting in asked[-1]:
-                sighting.track.is_read = True
-        boxes = [np.array([each.box for each in part], np.float32).reshape(-1, 4) for part in asked]
-        answers = classifier.predict_all([frame.image for frame in batch], boxes)
-        for frame, sightings, part, probs in zip(batch, seen, asked, answers, strict=True):
-            for sighting, face_probs in zip(part, probs, strict=True):
-                sighting.track.read(face_probs.astype(float), float(frame.time), smooth)
-            faces = []
-            for track, *face in sightings:
-                record = face_record(face, track.probs, classifier.classes, frame.image.size, track.emotion)
-                faces.append({"track": track.number, **record})
-            yield frame, faces
-
-
-# --- summary of a video ---
-
-
-@dataclass
-class TrackSummary:
-    """What a track's face looked like, in all."""
-
-    first: float  # s, of the first frame with it
-    last: float  # s, the end of the last
-    seconds: dict[str, float]  # that its label told each emotion
-    bins: np.ndarray | None  # (NUM_BINS, C), sums of its probabilities; None if it is too short to plot
-    picture: Image.Image | None = None  # of the face where its label was surest
-    picture_prob: float = 0.0
+def print_record(record: dict, as_json: bool) -> None:
+    """Print a photo's record, as JSON or a line for each face; of a video, its frames' as JSON only."""
+    if as_json:
+        tqdm.write(json.dumps(record))
+    elif "frame" not in record:
+        for face in record["faces"]:
+            box = ",".join(str(round(value)) for value in face["box"])
+            tqdm.write(f"{record['file']}\t{box}\t{face['emotion']}\t{face['prob']:.2f}")
+    if not record["faces"] and "frame" not in record:
+        tqdm.write(f"{record['file']}: no face found", file=sys.stderr)
+    sys.stdout.flush()  # whoever reads a live pipe should not wait
 
 
 class Summary:
-    """Tracks and emotions of a video, in memory that does not grow with its length but with its tracks."""
+    """Tracks and emotions of a video, in memory that does not grow with its length but with its tracks.
+
+    Faces are summed up by track and bin of time, CHUNK of them at a time. When the video outgrows NUM_BINS,
+    pairs of bins become one.
+
+    Attributes:
+        start: s, of the first frame; None before there is one.
+        end: s, when the last frame ends.
+        seen: number of frames by track.
+    """
 
     def __init__(self, classes: Sequence[str]):
         self.classes = classes
-        self.tracks: dict[int, TrackSummary] = {}
-        self.start: Fraction | None = None  # s, of the first frame
-        self.end = Fraction(0)  # s, when the last frame ends
-        self.bin_width = BIN_WIDTH  # s
+        self.start: Fraction | None = None
+        self.end = Fraction(0)
+        self._bin_width = BIN_WIDTH
+        self._rows: list[tuple] = []  # of faces that are not summed up yet
+        self._sums: pd.DataFrame | None = None
+        self.seen = Counter()
+        self._pictures: dict[int, tuple[float, Image.Image]] = {}  # by track: of its surest label
 
     def add(self, frame: Frame, faces: Sequence[dict]) -> None:
         """Take in a frame with its faces."""
         if self.start is None:
             self.start = frame.time
         self.end = frame.time + frame.duration
-        while (number := int((frame.time - self.start) / self.bin_width)) >= NUM_BINS:
-            self._double_bins()
         for face in faces:
-            if face["track"] not in self.tracks:
-                nothing = dict.fromkeys(self.classes, 0.0)
-                bins = np.zeros((NUM_BINS, len(self.classes)))
-                self.tracks[face["track"]] = TrackSummary(float(frame.time), 0, nothing, bins)
-            track = self.tracks[face["track"]]
-            track.last = float(self.end)
-            track.seconds[face["emotion"]] += float(frame.duration)
-            if track.bins is not None:
-                track.bins[number] += list(face["probs"].values())
-                self._picture(track, frame.image, face)
-        pictured = [track for track in self.tracks.values() if track.bins is not None]
-        if len(pictured) > NUM_PICTURED:
-            shortest = min(
-                pictured, key=lambda track: (track.last == float(self.end), sum(track.seconds.values()))
-            )
-            shortest.bins = shortest.picture = None
+            track, probs = face["track"], face["probs"].values()
+            seconds = [float(frame.duration) * (name == face["emotion"]) for name in self.classes]
+            when = int((frame.time - self.start) / BIN_WIDTH)
+            self._rows.append((track, when, float(frame.time), float(self.end), *seconds, *probs))
+            self.seen[track] += 1
+            self._keep_picture(frame.image, face)
+        if len(self._pictures) > NUM_PICTURED:
+            present = {face["track"] for face in faces}
+            del self._pictures[min(self._pictures, key=lambda track: (track in present, self.seen[track]))]
+        if len(self._rows) >= CHUNK:
+            self._sum_up()
 
-    def _double_bins(self) -> None:
-        self.bin_width *= 2
-        for track in self.tracks.values():
-            if track.bins is not None:
-                pairs = track.bins.reshape(NUM_BINS // 2, 2, -1).sum(1)
-                track.bins = np.concatenate([pairs, np.zeros_like(pairs)])
-
-    def _picture(self, track: TrackSummary, image: Image.Image, face: dict) -> None:
+    def _keep_picture(self, image: Image.Image, face: dict) -> None:
         """Keep the face's picture if its label is clearly surer than the kept one's."""
-        if face["prob"] > track.picture_prob + 0.02:
+        best, _ = self._pictures.get(face["track"], (0.0, None))
+        if face["prob"] > best + 0.02:
             (crop,) = shared.crop_faces(image, np.array([face["box"]]), 0.2)
-            track.picture = crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
-            track.picture_prob = face["prob"]
+            picture = crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
+            self._pictures[face["track"]] = (face["prob"], picture)
 
-    def shares(self, *tracks: TrackSummary) -> dict[str, float]:
-        """Share of the time that the tracks' labels told each emotion."""
-        seconds = {name: sum(track.seconds[name] for track in tracks) for name in self.classes}
-        return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+    def _sum_up(self) -> pd.DataFrame:
+        """Return a row for each track and bin: `first` and `last`, s, sums of `seconds_` and `prob_`."""
+        import pandas as pd
 
-    def rows(self) -> list[list]:
-        """List the tracks as a table, its header first."""
-        rows = [["track", "first", "last", "seconds", "emotion", *(f"share_{name}" for name in self.classes)]]
-        for number, track in sorted(self.tracks.items()):
-            times = (round(value, 3) for value in (track.first, track.last, sum(track.seconds.values())))
-            shares = self.shares(track)
-            top = max(shares, key=shares.get)
-            rows.append([number, *times, top, *(round(share, 4) for share in shares.values())])
-        return rows
+        if not self._rows and self._sums is not None:
+            return self._sums
+        sums = [f"{kind}_{name}" for kind in ("seconds", "prob") for name in self.classes]
+        rows = pd.DataFrame(self._rows, columns=["track", "bin", "first", "last", *sums])
+        rows = rows.astype({"track": int, "bin": int, **dict.fromkeys(["first", "last", *sums], float)})
+        rows["bin"] //= int(self._bin_width / BIN_WIDTH)
+        table = rows if self._sums is None else pd.concat([self._sums, rows])
+        while self.start is not None and (self.end - self.start) / self._bin_width > NUM_BINS:
+            self._bin_width *= 2
+            table["bin"] //= 2
+        how = {"first": "min", "last": "max", **dict.fromkeys(sums, "sum")}
+        self._sums, self._rows = table.groupby(["track", "bin"], as_index=False).agg(how), []
+        return self._sums
 
-    def text_line(self, path: Path) -> str:
-        """Sum up a video that has faces in four columns: file, tracks and length, top emotion, its share."""
-        shares = self.shares(*self.tracks.values())
-        top = max(shares, key=shares.get)
-        plural = "" if len(self.tracks) == 1 else "s"
-        counts = f"{len(self.tracks)} track{plural}, {float(self.end - self.start):.1f} s"
-        return f"{path}\t{counts}\t{top}\t{shares[top]:.2f}"
+    def tracks(self) -> pd.DataFrame:
+        """Return a row for each track: its times in s, its commonest label, and each label's share."""
+        table = self._sum_up().groupby("track")
+        seconds = table[[f"seconds_{name}" for name in self.classes]].sum()
+        seconds.columns = self.classes
+        shares = seconds.div(seconds.sum(axis=1), axis=0)
+        tracks = table.agg({"first": "min", "last": "max"})
+        tracks["seconds"] = seconds.sum(axis=1)
+        tracks["emotion"] = shares.idxmax(axis=1) if len(shares) else ""
+        return tracks.round(3).join(shares.add_prefix("share_").round(4)).reset_index()
+
+    def print(self, path: Path, as_json: bool) -> None:
+        """Print file, tracks and length, top emotion and its share; on stderr, that no face was found."""
+        if not self.seen:
+            tqdm.write(f"{path}: no face found", file=sys.stderr)
+        elif not as_json:
+            tracks = self.tracks()
+            seconds = [(tracks["seconds"] * tracks[f"share_{name}"]).sum() for name in self.classes]
+            top = int(np.argmax(seconds))
+            counts = f"{len(tracks)} track{'s' * (len(tracks) > 1)}, {float(self.end - self.start):.1f} s"
+            tqdm.write(f"{path}\t{counts}\t{self.classes[top]}\t{seconds[top] / sum(seconds):.2f}")
+
+    def runs(self, track: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Cut a track where it is out of sight; yield bin edges, s (T + 1,), and mean probs (T + 1, C)."""
+        table = self._sum_up()
+        rows = table[table["track"] == track]
+        bins, width = rows["bin"].to_numpy(), float(self._bin_width)
+        probs = rows[[f"prob_{name}" for name in self.classes]].to_numpy()
+        gaps = np.flatnonzero(np.diff(bins) * width > LOST_AFTER + width) + 1
+        for run in np.split(np.arange(len(bins)), gaps):
+            edges = float(self.start) + np.append(bins[run], bins[run[-1]] + 1) * width
+            means = probs[run] / probs[run].sum(1, keepdims=True)
+            yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
 
     def plot(self, colors: dict[str, str], path: Path) -> None:
         """Draw the longest tracks' probabilities over time into a PNG, each beside its face."""
-        from matplotlib.figure import Figure  # noqa: PLC0415 (photos do not need it)
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
-        pictured = [(n, track) for n, track in self.tracks.items() if track.bins is not None]
-        pictured.sort(key=lambda item: -sum(item[1].seconds.values()))
-        shown = sorted(pictured[:NUM_PLOTTED], key=lambda item: item[0])
+        tracks = self.tracks()
+        pictured = tracks[tracks["track"].isin(list(self._pictures))]
+        shown = pictured.nlargest(NUM_PLOTTED, "seconds").sort_values("track")
         figure = Figure(figsize=(11, 1.4 + 1.2 * max(len(shown), 1)), layout="constrained")
         axes = figure.subplots(max(len(shown), 1), 2, width_ratios=(1, 11), squeeze=False)
-        for (number, track), (left, right) in zip(shown, axes, strict=False):
-            left.imshow(track.picture)
-            for times, parts in self._runs(track.bins):
+        for track, (left, right) in zip(shown.to_dict("records"), axes, strict=False):
+            left.imshow(self._pictures[track["track"]][1])
+            for times, parts in self.runs(track["track"]):
                 right.stackplot(times, parts.T, colors=[colors[name] for name in self.classes], step="post")
-            shares = self.shares(track)
-            top = max(shares, key=shares.get)
-            title = f"track {number}: {sum(track.seconds.values()):.1f} s, {shares[top]:.0%} {top}"
+            share = track[f"share_{track['emotion']}"]
+            title = f"track {track['track']}: {track['seconds']:.1f} s, {share:.0%} {track['emotion']}"
             right.set_title(title, loc="left", fontsize=9)
         for left, right in axes:
             left.axis("off")
             right.set(xlim=(float(self.start), float(self.end)), ylim=(0, 1), yticks=(0, 0.5, 1))
             right.tick_params(labelbottom=right is axes[-1, 1])
         axes[-1, 1].set_xlabel("time, s")
-        if not shown:
+        if shown.empty:
             axes[0, 1].set_title("no face", loc="left", fontsize=9)
-        from matplotlib.patches import Patch  # noqa: PLC0415
-
         keys = [Patch(color=colors[name], label=name) for name in self.classes]
         figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False)
-        figure.savefig(path, dpi=120, format="png")
-
-    def _runs(self, bins: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Cut a track's bins where it is out of sight; yield bin edges (T + 1,) and mean probs (T + 1, C)."""
-        seen = np.flatnonzero(bins.sum(1))
-        width = float(self.bin_width)
-        gaps = np.flatnonzero(np.diff(seen) * width > LOST_AFTER + width) + 1
-        for run in np.split(seen, gaps):
-            edges = float(self.start) + np.append(run, run[-1] + 1) * width
-            means = bins[run] / bins[run].sum(1, keepdims=True)
-            yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
+        with shared.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
 
 
-# --- reading and writing videos ---
-
-
-def load_av() -> ModuleType:
-    """Import PyAV, which photos do not need, after OpenCV.
-
-    In the other order OpenCV's windows hang on Linux, for both bring their own libxcb along
-    (https://github.com/PyAV-Org/PyAV/issues/978).
-    """
-    with suppress(ValueError):
-        load_opencv()
-    import av  # noqa: PLC0415
-
-    return av
-
-
-def in_background(items: Iterator, ahead: int) -> Iterator:
-    """Let a thread of its own run an iterator, up to `ahead` items ahead of the reader."""
-    end = object()
-    worker = ThreadPoolExecutor(1)
-    try:
-        upcoming = deque(worker.submit(next, items, end) for _ in range(ahead))
-        while (item := upcoming.popleft().result()) is not end:
-            upcoming.append(worker.submit(next, items, end))
-            yield item
-    finally:
-        worker.shutdown(cancel_futures=True)
-
-
-def trim(frames: Iterable[Frame], start: float, end: float) -> Iterator[Frame]:
-    """Pass on the frames from `start` until `end`, s, numbered from 0."""
-    passed = itertools.dropwhile(lambda frame: frame.time < start, frames)
-    wanted = itertools.takewhile(lambda frame: frame.time < end, passed)
-    for number, frame in enumerate(wanted):
-        yield frame._replace(number=number)
-
-
-class Video:
-    """A video file.
-
-    Attributes:
-        rate: frames/s, the mean.
-        num_frames: about how many there are, or None.
-        lost: what could not be read of it, in words; complete once all frames were read.
-    """
-
-    batch_size = 8  # frames that are worked on together
-
-    def __init__(self, path: Path, start: float, end: float):
-        """Open a file to read it from `start` until `end`, s.
-
-        Raises:
-            ValueError: it is not a video that FFmpeg can read.
-        """
-        self.name, self.path, self.start, self.end, self.lost = str(path), path, start, end, []
-        av = load_av()
-        try:
-            self._container = av.open(str(path), metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"{path} is not a video that can be read: {error.strerror}") from None
-        self._stream = self._container.streams.best("video")
-        if self._stream is None:
-            raise ValueError(f"{path} has no picture, only sound; name a video")
-        self._stream.thread_type = "AUTO"
-        self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
-        self.time_base = self._stream.time_base
-        codec = self._stream.codec_context
-        self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
-        self.sample_aspect_ratio = codec.sample_aspect_ratio
-        self._origin = self._stream.start_time or 0
-        self._length = self._stream.duration and float(self._stream.duration * self.time_base)  # s
-        if "DURATION" in self._stream.metadata:  # Matroska
-            self._length = seconds(self._stream.metadata["DURATION"])
-        self.num_frames = self._length and round((min(end, self._length) - start) * self.rate)
-
-    def frames(self) -> Iterator[Frame]:
-        """Read the frames, all as large as the first."""
-        return trim(self._decode(), self.start, self.end)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._container.close()
-
-    def _decode(self) -> Iterator[Frame]:
-        if self.start:
-            self._container.seek(self._origin + int(self.start / self.time_base), stream=self._stream)
-        size, last, ends = None, Fraction(-1), Fraction(0)
-        for picture in self._pictures():
-            time = ends if picture.pts is None else (picture.pts - self._origin) * self.time_base
-            if time <= last:
-                continue  # the timestamps are damaged, or it comes before what the file says is its start
-            image = picture.to_image()
-            if picture.rotation:
-                image = image.rotate(picture.rotation, expand=True)
-            size = size or image.size
-            duration = (picture.duration or 0) * self.time_base or 1 / self.rate
-            last, ends = time, time + duration
-            yield Frame(0, time, duration, image if image.size == size else image.resize(size))
-        if self._length and ends < self._length - MISSED:
-            self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
-
-    def _pictures(self) -> Iterator:
-        """Decode all pictures that can be."""
-        av = load_av()
-        num_damaged, packets, packet = 0, self._container.demux(self._stream), True
-        while packet:
-            try:
-                packet = next(packets, None)  # the last, an empty one, lets the decoder give what it holds
-                for picture in self._stream.decode(packet):
-                    num_damaged += picture.is_corrupt
-                    yield picture
-            except EOFError:
-                break
-            except av.error.FFmpegError:
-                num_damaged += 1
-        if num_damaged:
-            self.lost.append(f"{num_damaged} damaged parts were left out or guessed")
-
-
-class Camera:
-    """A camera, or a stream that OpenCV opens; Ctrl-C is its end. The attributes are those of `Video`."""
-
-    batch_size = 1  # so that the window shows what is now
-    path, num_frames, time_base = None, None, Fraction(1, 90_000)
-    colors, sample_aspect_ratio = (BT709, BT709, BT709), None
-
-    def __init__(self, device: str, start: float, end: float):
-        """Open a camera by its number, or a stream by its address, to read it from `start` until `end`, s.
-
-        Raises:
-            ValueError: it does not open.
-        """
-        cv2 = load_opencv()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is told below
-        self.name, self.start, self.end, self.lost = camera_name(device), start, end, []
-        self._capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
-        if not self._capture.isOpened():
-            raise ValueError(f"camera {device} does not open; is it there, and does no other program use it?")
-        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-        self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
-        self._is_ended = threading.Event()
-        self._handler = signal.signal(signal.SIGINT, lambda *_: self._is_ended.set())
-
-    def frames(self) -> Iterator[Frame]:
-        """Read the frames as they come; their times are those at which they were read."""
-        return trim(self._read(), self.start, self.end)
-
-    def close(self) -> None:
-        """Give the camera back, and Ctrl-C its meaning."""
-        signal.signal(signal.SIGINT, self._handler)
-        self._capture.release()
-
-    def _read(self) -> Iterator[Frame]:
-        opened, last = time.monotonic(), -1 / self.rate
-        while not self._is_ended.is_set():
-            is_read, pixels = self._capture.read()
-            if not is_read:
-                return
-            now = round((time.monotonic() - opened) / self.time_base) * self.time_base
-            yield Frame(0, now, now - last, Image.fromarray(pixels[:, :, ::-1]))
-            last = now
-
-
-def camera_name(device: str) -> str:
-    """Name a camera's outputs: camera0 for 0."""
-    return "camera" + re.sub(r"\W+", "_", device)
-
-
-def add_sound(path: Path, output: object, start: Fraction) -> Iterator:
-    """Add a video's sound to PyAV's still empty `output`; return the packets from `start` on, s.
+def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
+    """Add a video's sound to a still empty `output`; return the packets from `start` on, s.
 
     They are copied as they are where browsers can play them, else made AAC. A damaged rest is left out.
     """
@@ -826,7 +994,7 @@ def add_sound(path: Path, output: object, start: Fraction) -> Iterator:
         codec = source.codec_context
         target = output.add_stream("aac", rate=codec.sample_rate, layout=codec.layout)
 
-    def packets() -> Iterator:
+    def packets() -> Iterator[av.Packet]:
         if start:
             container.seek(round(start * av.time_base))
         with suppress(av.error.FFmpegError):
@@ -848,24 +1016,23 @@ def add_sound(path: Path, output: object, start: Fraction) -> Iterator:
 class VideoWriter:
     """Writes H.264 in MP4 that plays in browsers, with the times, colours and sound of its source."""
 
-    def __init__(self, path: Path, source: Video | Camera, first: Frame):
+    def __init__(self, path: Path, video: Video | Camera, first: Frame):
         """Begin a file for the frames from `first` on.
 
         H.264 for browsers has even sides only: an odd one grows by a copy of its last row or column.
         """
-        self._start, self._time_base, self._colors = first.time, source.time_base, source.colors
-        av = load_av()
-        self._output = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        self._stream = self._output.add_stream("libx264", rate=source.rate, options=ENCODER_OPTIONS)
+        self._start, self._time_base, self._colors = first.time, video.time_base, video.colors
+        self._output = load_av().open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._stream = self._output.add_stream("libx264", rate=video.rate, options=ENCODER_OPTIONS)
         self._odd = [(0, side % 2) for side in first.image.size[::-1]]
         self._stream.height, self._stream.width = (side + side % 2 for side in first.image.size[::-1])
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
-        codec.time_base, codec.color_range = source.time_base, MPEG_RANGE
-        codec.colorspace, codec.color_primaries, codec.color_trc = source.colors
-        if source.sample_aspect_ratio:
-            codec.sample_aspect_ratio = source.sample_aspect_ratio
-        self._sound = add_sound(source.path, self._output, first.time) if source.path else iter(())
+        codec.time_base, codec.color_range = video.time_base, MPEG_RANGE
+        codec.colorspace, codec.color_primaries, codec.color_trc = video.colors
+        if video.sample_aspect_ratio:
+            codec.sample_aspect_ratio = video.sample_aspect_ratio
+        self._sound = add_sound(video.path, self._output, first.time) if video.path else iter(())
         self._packet = next(self._sound, None)
 
     def write(self, frame: Frame, image: Image.Image) -> None:
@@ -890,25 +1057,6 @@ class VideoWriter:
         self._output.close()
 
 
-# --- live window ---
-
-
-def load_opencv() -> ModuleType:
-    """Import OpenCV.
-
-    Raises:
-        ValueError: it, or a system library that it needs, is not there.
-    """
-    try:
-        import cv2  # noqa: PLC0415 (photos and video files do without it)
-    except ImportError as error:
-        raise ValueError(
-            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get "
-            "install libgl1 libglib2.0-0, or pip install opencv-python-headless for cameras without a window"
-        ) from None
-    return cv2
-
-
 class Window:
     """A live window."""
 
@@ -928,7 +1076,7 @@ class Window:
             raise ValueError("this OpenCV has no windows; pip install opencv-python, not -headless") from None
 
     def show(self, image: Image.Image, time_s: float) -> bool:
-        """Show an image at its time since the first; say whether to go on: nobody pressed q or closed it."""
+        """Show an image at its time since the first; return whether nobody pressed q or closed the window."""
         self._opened = self._opened or time.monotonic() - time_s
         self._cv2.imshow(self._name, np.asarray(image)[:, :, ::-1])
         ahead = time_s - (time.monotonic() - self._opened)
@@ -937,193 +1085,8 @@ class Window:
         self.is_left = is_quit or self._cv2.getWindowProperty(self._name, self._cv2.WND_PROP_VISIBLE) < 1
         return not self.is_left
 
-    def close(self) -> None:
-        """Close it."""
-        self._cv2.destroyAllWindows()
 
-
-# --- tables and files ---
-
-
-def face_columns(classes: Sequence[str]) -> list[str]:
-    """Name the columns of `face_cells`."""
-    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
-    probs = [f"prob_{name}" for name in classes]
-    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
-
-
-def face_cells(face: dict) -> list:
-    """Spread out what `face_record` tells."""
-    points = itertools.chain(*face["landmarks"].values())
-    return [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values(), *points]
-
-
-def text_line(path: str, face: dict) -> str:
-    """Sum up a photo's face in four columns."""
-    box = ",".join(str(round(value)) for value in face["box"])
-    return f"{path}\t{box}\t{face['emotion']}\t{face['prob']:.2f}"
-
-
-def tell_record(record: dict, as_json: bool) -> None:
-    """Print the record of a photo or, only as JSON, of a frame."""
-    if as_json:
-        tqdm.write(json.dumps(record))
-    elif "frame" not in record:
-        for face in record["faces"]:
-            tqdm.write(text_line(record["file"], face))
-    sys.stdout.flush()  # whoever reads a live pipe should not wait
-
-
-def tell_trouble(path: Path, found: Sized, lost: Sequence[str]) -> None:
-    """Say on stderr that no face was found.
-
-    Raises:
-        ValueError: something of the file is lost.
-    """
-    if not found:
-        tqdm.write(f"{path}: no face found", file=sys.stderr)
-    if lost:
-        raise ValueError(f"{path}: {'; '.join(lost)}; the rest is labelled")
-
-
-class Source(NamedTuple):
-    """Something to label."""
-
-    path: Path
-    kind: str  # "photo", "video" or "camera"
-    folder: Path | None  # for what is made of it
-    is_named: bool = True  # on the command line, not found in a folder or by a pattern
-
-
-def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -> list[Source]:
-    """List the photos and videos that the inputs name, each once: files, folders, patterns with * ? [].
-
-    What this script made is left out of folders and patterns. A folder's subfolders return in `out_dir`.
-
-    Raises:
-        ValueError: a folder or pattern has none.
-    """
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    sources = {}
-    for text in inputs:
-        path, top = Path(text), None
-        if path.is_dir():
-            files, top = path.rglob("*") if recursive else path.iterdir(), path
-        elif glob.has_magic(text) and not path.exists():
-            files = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (Path.glob wants a folder)
-        else:
-            kind = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "photo"
-            sources[path] = Source(path, kind, out_dir or path.parent)
-            continue
-        files = sorted(file for file in files if file.suffix.lower() in readable | VIDEO_SUFFIXES)
-        if not files:
-            raise ValueError(f"{text} has no photos or videos; name files, or a folder with --recursive")
-        for file in files:
-            if file.is_file() and not re.search("_emotions(_timeline)?$", file.stem):
-                kind = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
-                below = file.parent.relative_to(top) if top else ""
-                folder = out_dir / below if out_dir else file.parent
-                sources.setdefault(file, Source(file, kind, folder, is_named=False))
-    return list(sources.values())
-
-
-def copy_name(path: Path) -> str:
-    """Name a photo's labelled copy: a PNG if the photo's format is not kept, or holds CMYK colours."""
-    is_kept = Image.registered_extensions().get(path.suffix.lower()) in KEPT_FORMATS
-    try:
-        with Image.open(path) as image:
-            is_kept &= image.mode != "CMYK"
-    except shared.PILLOW_ERRORS:
-        pass  # reported when the photo's turn comes
-    return f"{path.stem}_emotions{path.suffix if is_kept else '.png'}"
-
-
-def name_outputs(source: Source, has_video: bool) -> dict[str, Path]:
-    """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
-    if source.folder is None:
-        return {}
-    if source.kind == "photo":
-        return {"copy": source.folder / copy_name(source.path)}
-    endings = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
-    names = {part: source.folder / f"{source.path.stem}_emotions{ending}" for part, ending in endings.items()}
-    return {part: path for part, path in names.items() if part != "video" or has_video}
-
-
-def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None
-) -> dict[Source, dict[str, Path]]:
-    """Name all outputs.
-
-    Raises:
-        ValueError: one of them or the CSV would overwrite a source or another output.
-    """
-    plan = {source: name_outputs(source, has_video) for source in sources}
-    inputs, owners = {source.path.resolve() for source in sources}, {}
-    for source, outputs in plan.items():
-        for output in outputs.values():
-            if output.resolve() in inputs:
-                raise ValueError(
-                    f"the copy of {source.path} would overwrite {output}, an input too; leave that one out"
-                )
-            other = owners.setdefault(output.resolve(), source.path)
-            if other != source.path:
-                raise ValueError(f"{other} and {source.path} would both become {output}; use two folders")
-    if csv_path and csv_path.resolve() in inputs | owners.keys():
-        raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
-    return plan
-
-
-def leave_out_finished(plan: dict[Source, dict[str, Path]]) -> dict[Source, dict[str, Path]]:
-    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
-
-    def is_finished(source: Source, outputs: dict[str, Path]) -> bool:
-        changed = source.path.stat().st_mtime
-        return all(path.exists() and path.stat().st_mtime >= changed for path in outputs.values())
-
-    left = {
-        source: outputs
-        for source, outputs in plan.items()
-        if source.is_named or not is_finished(source, outputs)
-    }
-    if len(left) < len(plan):
-        print(f"{len(plan) - len(left)} were finished before; --overwrite does them again", file=sys.stderr)
-    return left
-
-
-def open_table(path: Path) -> TextIO:
-    """Open a CSV to write."""
-    return path.open("w", newline="", encoding="utf-8")
-
-
-def write_table(path: Path, rows: Iterable[Sequence]) -> None:
-    """Write a whole CSV."""
-    with open_table(path) as file:
-        csv.writer(file).writerows(rows)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path that becomes `path` once all went well, so that `path` is never half written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except BrokenPipeError:  # stdout's, while a video is being written
-        raise
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image in the format that the path's extension says, with its colour profile."""
-    image_format = Image.registered_extensions()[path.suffix.lower()]
-    options = {"quality": 95, "subsampling": "4:4:4", "icc_profile": image.info.get("icc_profile")}
-    with replacing(path) as temporary:
-        image.save(temporary, image_format, **options)
+# --- main ---
 
 
 class Kit(NamedTuple):
@@ -1137,28 +1100,29 @@ class Kit(NamedTuple):
 
 def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
     """Write a photo's labelled copy; return the record that --json prints."""
-    image = shared.load_photo(path)
-    faces = read_faces(image, kit.finder, kit.classifier)
+    image = shared.open_picture(path)
+    faces = classify_faces(image, kit.finder, kit.classifier)
     save_image(draw_faces(image, faces, kit.colors, kit.font_path), copy)
     return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
 
 
-def label_video(  # noqa: PLR0917 (all are needed)
-    source: Video | Camera,
+def label_video(
+    video: Video | Camera,
     outputs: dict[str, Path],
     kit: Kit,
-    pace: dict[str, float],
-    tell: Callable[[dict], None],
+    *,
+    follow: Callable[..., Iterator[tuple[Frame, list[dict]]]],
+    emit: Callable[[dict], None],
     window: Window | None,
 ) -> Summary:
     """Write what `outputs` names of a video; all of it or, if something fails, nothing.
 
     Args:
-        source: opened.
+        video: opened.
         outputs: of `name_outputs`.
         kit: what labels faces.
-        pace: `every`, `search_every` and `smooth` of `follow_faces`.
-        tell: gets the record of each frame that --json prints.
+        follow: `follow_faces` with all but frames and batch_size.
+        emit: gets the record of each frame that --json prints.
         window: shows the frames; once it is left, the video ends.
 
     Raises:
@@ -1167,42 +1131,33 @@ def label_video(  # noqa: PLR0917 (all are needed)
     """
     summary, drawn, writer = Summary(kit.classifier.classes), {}, None
     with ExitStack() as stack:
-        parts = {part: stack.enter_context(replacing(path)) for part, path in outputs.items()}
-        table = csv.writer(stack.enter_context(open_table(parts.get("faces", Path(os.devnull)))))
+        parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
+        file = parts.get("faces", Path(os.devnull)).open("w", newline="", encoding="utf-8")
+        table = csv.writer(stack.enter_context(file))
         table.writerow(["frame", "time", "track", *face_columns(kit.classifier.classes)])
-        frames = stack.enter_context(closing(in_background(source.frames(), source.batch_size)))
-        followed = follow_faces(frames, kit.finder, kit.classifier, **pace, batch_size=source.batch_size)
-        followed = stack.enter_context(closing(in_background(followed, source.batch_size)))
-        for frame, faces in tqdm(followed, source.name, source.num_frames, unit="frame", disable=None):
+        ahead = video.batch_size
+        frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
+        followed = stack.enter_context(closing(in_background(follow(frames, batch_size=ahead), ahead)))
+        for frame, faces in tqdm(followed, video.name, video.num_frames, unit="frame", disable=None):
             when = round(float(frame.time), 4)
             summary.add(frame, faces)
             table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
             size = {"width": frame.image.width, "height": frame.image.height}
-            tell({"file": source.name, **size, "frame": frame.number, "time": when, "faces": faces})
+            emit({"file": video.name, **size, "frame": frame.number, "time": when, "faces": faces})
             if "video" in parts or window:
                 image = draw_faces(frame.image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
-                writer = writer or stack.enter_context(closing(VideoWriter(parts["video"], source, frame)))
+                writer = writer or stack.enter_context(closing(VideoWriter(parts["video"], video, frame)))
                 writer.write(frame, image)
             if window and not window.show(image, float(frame.time)):
                 break
         if summary.start is None:
-            reason = "; ".join(source.lost) or "it is empty, or --start and --end leave none"
-            raise ValueError(f"{source.name} has no frames that can be read: {reason}")
+            reason = "; ".join(video.lost) or "it is empty, or --start and --end leave none"
+            raise ValueError(f"{video.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, parts["timeline"])
-            write_table(parts["tracks"], summary.rows())
+            summary.tracks().to_csv(parts["tracks"], index=False, lineterminator="\r\n")
     return summary
-
-
-# --- command line ---
-
-
-def seconds(text: str) -> float:
-    """Read a time as seconds or as [h:]mm:ss, for argparse."""
-    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a time; expected seconds, mm:ss or h:mm:ss")
-    return sum(float(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
 
 
 def face_size(text: str) -> float:
@@ -1215,7 +1170,7 @@ def face_size(text: str) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
     share, positive = shared.number(float, 0, 1), shared.number(float, 0)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="photo, video, folder of them, or pattern")
@@ -1223,34 +1178,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="do again what is finished in a folder or pattern")
     add("--camera", metavar="N", help="label a camera live: its number, or a stream's address")
     add("--show", action="store_true", help="watch videos in a live window; q ends them there")
-    add("--out-dir", type=Path, metavar="DIR", help="folder for the outputs (default: beside each input)")
+    out_dir = "folder for the outputs (default: beside each input)"
+    add("--out-dir", type=Path, metavar="DIR", help=out_dir)
     add("--json", action="store_true", help="print an object for each photo and frame, not lines of text")
     add("--csv", type=Path, metavar="FILE", help="also write a table with a row for each face of the photos")
-    sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7 (default: %(default)s)"
+    sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7"
     add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
     small = (
         "smallest face to look for, pixels (12 or more), or a share of the shorter side (below 1), which "
-        "means 20 pixels or more; smaller ones take longer (default: %(default)s)"
+        "means 20 pixels or more; smaller ones take longer"
     )
     add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
-    add("--start", type=seconds, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
-    add("--end", type=seconds, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
+    add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
+    add("--end", type=clock_time, metavar="T", help="end videos there, s or h:mm:ss")
     add("--no-video", action="store_true", help="write only the tables and plots of videos")
-    each = "tell the emotion of a video's faces in every so many frames (default: %(default)s)"
+    each = "classify a video's faces in every so many frames"
     add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
-    search = (
-        "search a whole frame so often, s; 0: each frame; between, faces are followed (default: %(default)s)"
-    )
+    search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
     add("--search-every", type=positive, default=0.3, metavar="S", help=search)
-    smooth = "time constant of smoothing probabilities in videos, s; 0: do not (default: %(default)s)"
+    smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
     add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
-    shipped = shared.DEFAULT_MODEL
-    add("--model", type=Path, default=shipped, metavar="FILE", help="checkpoint (default: %(default)s)")
+    add("--model", type=Path, default=shared.DEFAULT_MODEL, metavar="FILE", help="checkpoint")
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
-    shared.add_device_option(parser)
+    shared.add_options(parser, device="auto")
     args = parser.parse_args(argv)
     if not args.inputs and args.camera is None:
         parser.error("name an INPUT or a --camera")
+    args.end = math.inf if args.end is None else args.end
     if args.start >= args.end:
         parser.error("--start must come before --end")
     return args
@@ -1260,41 +1214,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
     args = parse_args(argv)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error, at twice the size, stays
     sources = find_sources(args.inputs, args.recursive, args.out_dir)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
     plan = plan_outputs(sources, not args.no_video, args.csv)
-    if not (args.overwrite or args.json or args.csv):  # the last two are to tell of all
+    if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
         plan = leave_out_finished(plan)
-    load_font(args.font, MIN_FONT_SIZE)  # a wrong one is told before the work
+    load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
     device = shared.pick_device(args.device)
     finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
-    classifier = shared.Classifier.load(args.model, device)
+    classifier = shared.Classifier(args.model, device)
     kit = Kit(finder, classifier, class_colors(classifier.classes), args.font)
-    pace = {"every": args.every, "search_every": args.search_every, "smooth": args.smooth}
-
-    def tell(record: dict) -> None:
-        tell_record(record, args.json)
+    follow = functools.partial(
+        follow_faces,
+        finder=finder,
+        classifier=classifier,
+        every=args.every,
+        search_every=args.search_every,
+        smooth=args.smooth,
+    )
+    emit = functools.partial(print_record, as_json=args.json)
 
     rows, num_failed = [["file", "face", *face_columns(classifier.classes)]], 0
     for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
         try:
             if source.kind == "photo":
                 record = label_photo(source.path, outputs["copy"], kit)
-                tell(record)
-                found, lost = record["faces"], []
-                rows += [[source.path, i, *face_cells(face)] for i, face in enumerate(found, start=1)]
+                emit(record)
+                rows += [
+                    [source.path, i, *face_cells(face)] for i, face in enumerate(record["faces"], start=1)
+                ]
             else:
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
-                    summary = label_video(video, outputs, kit, pace, tell, window)
-                found, lost = summary.tracks, video.lost
-                if found and not args.json:
-                    tqdm.write(summary.text_line(source.path))
-            tell_trouble(source.path, found, lost)
+                    summary = label_video(video, outputs, kit, follow=follow, emit=emit, window=window)
+                summary.print(source.path, args.json)
+                if video.lost:
+                    raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:  # the others are still worth labelling
@@ -1303,8 +1261,11 @@ def main(argv: list[str] | None = None) -> None:
         if window and window.is_left:
             break
     if args.csv:
-        with replacing(args.csv) as temporary:
-            write_table(temporary, rows)
+        with (
+            shared.replacing(args.csv) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file).writerows(rows)
     if num_failed:
         sys.exit(1)
 
