@@ -5,8 +5,8 @@ several are left out and counted. The crops are kept beside an index, so a secon
 new or changed. As in the original toolkit the early layers stay frozen, BatchNorm included: the ResNet's last
 stage and the head learn. The held-out part has whole groups of near-duplicates.
 
-A search word is a weak label. What FER's network and one cross-validated on the photos both doubt can be left
-out (--drop-suspects) or looked at (--review writes a page, whose corrections.csv the next run obeys).
+A search word is a weak label. --review writes a page that shows first what FER's network and one
+cross-validated on the photos both doubt; the next run obeys the corrections.csv that it exports.
 
 So that FER is not forgotten, its faces are rehearsed in every batch; their targets are what the network made
 of them before (Buzzega et al. 2020, "Dark Experience for General Continual Learning: a Strong, Simple
@@ -21,32 +21,32 @@ Usage:
     python finetune_emotion.py --data-dir my_photos --no-mix --unfreeze fc --epochs 3
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
-import csv
+import functools
 import hashlib
 import itertools
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import imagehash
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import KDTree
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as shared
 
-FACE_SIZE = 96  # pixels, side of the kept crops: half again the network's usual input
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+
+SPLITS = ("train", "val", "test")  # of FER
+FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
+OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a photo, in the table's order
 # Of 64 bits. In 2,239 scraped faces all 23 pairs looked at up to 4 bits apart are one picture, half of the 8
 # at 6 bits, a few of 16 at 8, none of 16 at 10. A wrong pair only shares a side of the split.
 DUPLICATE_BITS = 8
@@ -55,7 +55,7 @@ HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in te
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
 BLENDS = (0.5, 0.25)
-REVIEW_PAGE = Path(__file__).parent / "resources" / "review.html"
+REVIEW_PAGE = shared.RESOURCES / "review.html"
 
 
 # --- from photos to faces ---
@@ -77,26 +77,20 @@ def cut_photo(
 ) -> tuple[dict, Image.Image | None]:
     """Cut a photo to its face, gray, FACE_SIZE pixels.
 
-    Returns what the index says of it, and the face: None if the photo is left out, for the given `reason`.
+    Returns:
+        What the index keeps, and the face: None if the photo is left out, for the given `reason`.
     """
     try:
-        image = shared.load_photo(path)
-    except ValueError:
+        image = shared.open_picture(path)
+    except shared.PictureError:
         return {"reason": "not readable"}, None
     faces = finder.find(image)
     if len(faces.boxes) != 1 and not (largest_face and len(faces.boxes)):
-        return {"reason": "several faces" if len(faces.boxes) else "no face", "size": image.size}, None
+        return {"reason": "several faces" if len(faces.boxes) else "no face"}, None
     largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax()
     [crop] = shared.crop_faces(image, faces.boxes[[largest]], margin)
     face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
-    return {
-        "reason": None,
-        "size": image.size,
-        "box": faces.boxes[largest].astype(float).round(1).tolist(),
-        "landmarks": faces.landmarks[largest].astype(float).round(1).tolist(),
-        "prob": round(float(faces.probs[largest]), 4),
-        "blur": round(blur_measure(face), 1),
-    }, face
+    return {"reason": None, "blur": round(blur_measure(face), 1)}, face
 
 
 def cut_photos(
@@ -111,11 +105,12 @@ def cut_photos(
 ) -> list[dict]:
     """Cut photos data_dir/<class>/* into faces_dir; return a record for each, as in its index.jsonl.
 
-    A photo is looked at again only if its content or a setting has changed since. The index has a line as
-    soon as a photo is done, so an interrupted run goes on where it was; crops of photos that are gone go too.
+    A photo is looked at again only if its content or a setting has changed since. The index is a journal: it
+    has a line as soon as a photo is done, so an interrupted run goes on where it was. Crops of photos that
+    are gone go too.
 
     A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a PNG below faces_dir),
-    `sha256` of the photo, the `settings`, and what `cut_photo` says.
+    `sha256` of the photo, the `settings`, and what `cut_photo` returns.
     """
     settings = {
         "margin": margin,
@@ -137,20 +132,22 @@ def cut_photos(
     with index_path.open("a", encoding="utf-8") as index:
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
-            with paths[photo].open("rb") as file:
-                record |= {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "settings": settings}
+            record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
             crop_path, before = faces_dir / record["crop"], known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
+            crop_path.unlink(missing_ok=True)
             if face:
-                save_face(face, crop_path)
-            else:
-                crop_path.unlink(missing_ok=True)
+                with shared.replacing(crop_path) as temporary:
+                    face.save(temporary, "PNG")
             known[photo] = record | found
             index.write(json.dumps(known[photo]) + "\n")
             index.flush()
-    write_index(index_path, known.values())
+    with shared.replacing(index_path) as temporary:
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8"
+        )
     return [known[photo] for photo in wanted]
 
 
@@ -166,29 +163,15 @@ def read_index(path: Path) -> dict[str, dict]:
     return records
 
 
-def write_index(path: Path, records: Iterable[dict]) -> None:
-    """Replace index.jsonl by the records."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    temporary.replace(path)
-
-
-def save_face(face: Image.Image, path: Path) -> None:
-    """Write a PNG that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    face.save(temporary, "PNG")
-    temporary.replace(path)
-
-
 def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
-    """Make a table of the photos by class, and by the reason why they are left out."""
-    reasons = Counter((record["reason"] or "one face cut", record["label"]) for record in records)
-    lines = [f"{'photos':14}" + "".join(f"{name:>11}" for name in (*classes, "total"))]
-    for reason in ("one face cut", "no face", "several faces", "not readable"):
-        counts = [reasons[reason, name] for name in classes]
-        lines.append(f"{reason:14}" + "".join(f"{count:11}" for count in (*counts, sum(counts))))
-    return "\n".join(lines)
+    """Return a table of the photos by class, and by the reason why they are left out."""
+    import pandas as pd
+
+    table = pd.DataFrame(records)
+    table = pd.crosstab(table["reason"].fillna(OUTCOMES[0]), table["label"])
+    table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
+    table["total"] = table.sum(axis=1)
+    return table.rename_axis(index=None, columns="photos").to_string()
 
 
 # --- from faces to train and val ---
@@ -200,18 +183,28 @@ def hash_faces(images: Tensor) -> np.ndarray:
     Source: imagehash.phash, after Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash
     Functions".
     """
+    import imagehash
+
     return np.stack([imagehash.phash(Image.fromarray(face[0])).hash.ravel() for face in images.numpy()])
 
 
 def group_duplicates(hashes: np.ndarray) -> Tensor:
     """Number the groups (N,) of faces that a chain of near-duplicates connects."""
+    import torch
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import KDTree
+
     pairs = KDTree(hashes.astype(float)).query_pairs(DUPLICATE_BITS, p=1, output_type="ndarray")
     links = coo_array((np.ones(len(pairs)), pairs.T), (len(hashes), len(hashes)))
     return torch.from_numpy(connected_components(links, directed=False)[1])
 
 
-def stands_in(hashes: np.ndarray, others: np.ndarray) -> Tensor:
+def have_duplicates(hashes: np.ndarray, others: np.ndarray) -> Tensor:
     """Return which faces (N,) have a near-duplicate among the others."""
+    import torch
+    from scipy.spatial import KDTree
+
     distances, _ = KDTree(others.astype(float)).query(hashes.astype(float), p=1)
     return torch.from_numpy(distances <= DUPLICATE_BITS)
 
@@ -224,6 +217,8 @@ def split_groups(
     Which come first follows from `seed` and the faces' `names` alone: photos that come or go move hardly any
     others to the other side, and a run from an earlier one's model is judged by what neither has learned.
     """
+    import torch
+
     lowest = {}
     for group, name in zip(groups.tolist(), names, strict=True):
         lowest[group] = min(name, lowest.get(group, name))
@@ -243,6 +238,7 @@ class LabelledFaces(NamedTuple):
     """The N faces to work with, without those that a correction leaves out."""
 
     records: list[dict]  # as in the index
+    crops: list[Path]
     images: Tensor  # (N, 1, FACE_SIZE, FACE_SIZE) uint8
     labels: Tensor  # (N,) int64, indices of the classes, corrected
     groups: Tensor  # (N,) int64, numbers of groups of near-duplicates
@@ -264,10 +260,13 @@ def load_labelled(
     Raises:
         ValueError: there are too few faces.
     """
+    import torch
+
     records = [record for record in records if not record["reason"]]
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
-    images = shared.load_images([faces_dir / record["crop"] for record in records], "L")
+    crops = [faces_dir / record["crop"] for record in records]
+    images = shared.load_images(crops, "L")
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
@@ -278,6 +277,7 @@ def load_labelled(
         raise ValueError(f"{len(kept)} faces are too few to learn from and to judge by; add photos")
     return LabelledFaces(
         [records[i] for i in kept],
+        [crops[i] for i in kept],
         images[kept],
         torch.tensor([classes.index(names[i]) for i in kept]),
         groups[kept],
@@ -286,22 +286,13 @@ def load_labelled(
     )
 
 
-def find_copies(faces: LabelledFaces, judged: Tensor) -> Tensor:
-    """Tell, and print the number of, the faces that stand among FER's judged ones too: (N,) bool."""
-    is_copy = stands_in(hash_faces(faces.images), hash_faces(judged))
-    print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
-    return is_copy
-
-
 class Rehearsed:
-    """Photos' faces with FER's beside them in every batch: what `fit` asks of its data.
+    """Photos' faces with FER's beside them in every batch: what `model.fit` asks of its data.
 
-    Targets are shares of the classes (n, C): the photos' own, and what `net` makes of FER's faces now.
+    The targets of both are shares of the classes (n, C).
     """
 
-    def __init__(self, photos: shared.FaceBatches, fer: shared.FaceBatches, net: nn.Module):
-        logits, _ = shared.evaluate(net, fer.eval())
-        fer.targets = logits.softmax(1)
+    def __init__(self, photos: shared.FaceBatches, fer: shared.FaceBatches):
         self.photos, self.fer = photos, fer
 
     def __len__(self) -> int:
@@ -309,10 +300,49 @@ class Rehearsed:
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch of the photos' batches, each with a batch of FER's faces joined to it."""
+        import torch
+
         fer = itertools.chain.from_iterable(self.fer.train(n) for n in itertools.count(epoch))
         for batches in zip(self.photos.train(epoch), fer, strict=False):
             images, targets = zip(*batches, strict=True)
             yield torch.cat(images), torch.cat(targets)
+
+
+def training_data(
+    net: nn.Module,
+    faces: LabelledFaces,
+    fer: dict[str, tuple[Tensor, Tensor]],
+    batches: Callable[..., shared.FaceBatches],
+    *,
+    classes: Sequence[str],
+    mix_share: float,
+) -> tuple[shared.FaceBatches | Rehearsed, dict[str, str]]:
+    """Return what is learned from, and its size in words: the photos' train part, and FER's faces beside it.
+
+    Args:
+        fer: images and labels by split, or nothing; what stands in its val or test is not learned from.
+        batches: `model.FaceBatches` with a run's options.
+        mix_share: FER's faces for each photo's.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    is_learned = ~faces.is_val
+    if fer:
+        judged = torch.cat([fer["val"][0], fer["test"][0]])
+        is_copy = have_duplicates(hash_faces(faces.images), hash_faces(judged))
+        print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
+        is_learned &= ~is_copy
+    labels = faces.labels[is_learned]
+    photos = batches(faces.images[is_learned], labels, targets=F.one_hot(labels, len(classes)).float())
+    sizes = {"train": shared.count_labels(labels, classes)}
+    if not (fer and mix_share):
+        return photos, sizes
+    images, labels = fer["train"]
+    logits, _ = shared.evaluate(net, batches(images, labels).eval())
+    size = max(round(photos.batch_size * mix_share), 1)
+    sizes["FER"] = shared.count_labels(labels, classes)
+    return Rehearsed(photos, batches(images, labels, batch_size=size, targets=logits.softmax(1))), sizes
 
 
 # --- doubts about labels ---
@@ -323,13 +353,16 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
 
     It learns from embeddings (N, D) of FOLDS - 1 folds, by L-BFGS; a group stays in one fold.
     """
+    import torch
+    import torch.nn.functional as F
+
     embeddings = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6)
     folds = groups % FOLDS
     probs = torch.zeros(len(labels), num_classes)
     for fold in range(FOLDS):
         rest = folds != fold
-        head = nn.Linear(embeddings.shape[1], num_classes)
-        nn.init.zeros_(head.weight)
+        head = torch.nn.Linear(embeddings.shape[1], num_classes)
+        torch.nn.init.zeros_(head.weight)
         optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
 
         def loss(head: nn.Linear = head, rest: Tensor = rest) -> Tensor:
@@ -345,17 +378,17 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
     return probs
 
 
-def second_opinions(
-    net: nn.Module, faces: shared.FaceBatches, groups: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return what `net` and the heads of `cross_validate` make of the faces, (N, C) probabilities each."""
-    head, net.fc = net.fc, nn.Identity()
+def second_opinion(net: nn.Module, faces: shared.FaceBatches, groups: Tensor, temperature: float) -> Tensor:
+    """Return the mean of the probabilities (N, C) of `net` and of the heads of `cross_validate`."""
+    import torch
+
+    head, net.fc = net.fc, torch.nn.Identity()
     embeddings, labels = shared.evaluate(net, faces.eval())
     net.fc = head
     with torch.inference_mode():
         logits = head(embeddings.to(faces.device)).cpu()
     learned = cross_validate(embeddings.clone(), labels, groups, logits.shape[1])
-    return (logits / temperature).softmax(1), learned
+    return ((logits / temperature).softmax(1) + learned) / 2
 
 
 def doubt(probs: Tensor, labels: Tensor) -> Tensor:
@@ -364,6 +397,8 @@ def doubt(probs: Tensor, labels: Tensor) -> Tensor:
     Above 0 the label is not the likeliest class. It is the negated margin by which Northcutt et al. 2021,
     "Confident Learning: Estimating Uncertainty in Dataset Labels", rank label errors.
     """
+    import torch.nn.functional as F
+
     own = F.one_hot(labels, probs.shape[1]).bool()
     return probs.masked_fill(own, 0).amax(1) - probs[own]
 
@@ -375,35 +410,35 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
         OSError: it cannot be read.
         ValueError: the columns are missing, or a label is none of `classes`.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file)
-        if not {"path", "label"} <= set(table.fieldnames or ()):
-            raise ValueError(
-                f"{path} has no columns path and label; export it anew from the page of --review"
-            )
-        corrections = {row["path"]: row["label"] or "" for row in table}
-    unknown = set(corrections.values()) - {"", *classes}
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")[["path", "label"]]
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"{path} has no columns path and label; export it anew from the page of --review"
+        ) from None
+    unknown = set(table["label"]) - {"", *classes}
     if unknown:
         raise ValueError(f"{path} has the label {min(unknown)!r}, expected empty or {', '.join(classes)}")
-    return corrections
+    return dict(zip(table["path"], table["label"], strict=True))
 
 
 def write_review(
     path: Path,
     faces: LabelledFaces,
     probs: Tensor,
-    *,
-    faces_dir: Path,
     classes: Sequence[str],
+    *,
     corrections: dict[str, str],
     corrections_path: Path,
-) -> int:
-    """Write the page on which a person judges the labels that look wrong; return how many there are.
-
-    Labels judged before are not shown again, but exported again.
+) -> None:
+    """Write the page on which a person judges the labels that look wrong.
 
     Args:
-        probs: (N, C), what the networks make of the faces.
+        probs: (N, C), of `second_opinion`.
+        corrections: earlier judgements; they are not shown again, but exported again.
+        corrections_path: where the page asks to save what it exports.
     """
     doubts = doubt(probs, faces.labels).masked_fill(faces.is_corrected, -1)
     shown = doubts.argsort(descending=True)[: int((doubts > 0).sum())].tolist()
@@ -418,41 +453,28 @@ def write_review(
                 "part": "val" if faces.is_val[i] else "train",
                 "blur": faces.records[i]["blur"],
                 "probs": [round(prob, 3) for prob in probs[i].tolist()],
-                "png": base64.b64encode((faces_dir / faces.records[i]["crop"]).read_bytes()).decode(),
+                "png": base64.b64encode(faces.crops[i].read_bytes()).decode(),
             }
             for i in shown
         ],
     }
     data["id"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     text = json.dumps(data).replace("<", "\\u003c")  # a photo's name must not end the script element
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text), encoding="utf-8")
-    return len(shown)
+    with shared.replacing(path) as temporary:
+        page = REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
+        temporary.write_text(page, encoding="utf-8")
+    print(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}")
 
 
 # --- before and after ---
 
 
-def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
-    """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
-    print(f"{'':10}{'':7}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
-    for name, when in itertools.product(results["before"], ("before", "after")):
-        row = results[when][name]
-        shares = (row["acc"], row["mean_recall"], *row["recall"].values())
-        print(f"{name:10}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
-    path = out_dir / "emotion.json"
-    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    matrix = torch.tensor(results["after"]["photos"]["confusion"])
-    shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
-    print(f"wrote {path} and {out_dir / 'photos_confusion.png'}")
-
-
 def judge_sets(
     net: nn.Module, sets: dict[str, shared.FaceBatches], temperature: float, classes: Sequence[str]
 ) -> dict[str, dict]:
-    """Judge a network on each of the sets."""
+    """Return `model.judge`'s figures of a network on each of the sets."""
     return {
-        name: shared.summarize(*shared.evaluate(net, faces.eval()), temperature, classes)
+        name: shared.judge(*shared.evaluate(net, faces.eval()), temperature, classes)
         for name, faces in sets.items()
     }
 
@@ -470,6 +492,8 @@ def draw_back(
     Raises:
         ValueError: none of BLENDS goes back far enough.
     """
+    import torch
+
     for blend in BLENDS:
         weights = {
             name: torch.lerp(start["model"][name], value, blend) if value.is_floating_point() else value
@@ -477,177 +501,134 @@ def draw_back(
         }
         best = {**trained, "model": weights}
         net = shared.load_network(best).to(val.device, memory_format=torch.channels_last)
-        accuracy = judge_sets(net, {"FER val": fer_val}, 1.0, trained["classes"])["FER val"]["acc"]
+        logits, labels = shared.evaluate(net, fer_val.eval())
+        accuracy = (logits.argmax(1) == labels).float().mean().item()
         print(f"{blend:.0%} of the way: FER val {accuracy:.2%}, expected {lowest:.2%} or more")
         if accuracy >= lowest:
-            temperature = shared.fit_temperature(*shared.evaluate(net, val.eval()))
-            return {**best, "temperature": temperature}
+            return {**best, "temperature": shared.fit_temperature(*shared.evaluate(net, val.eval()))}
     raise ValueError("FER is forgotten even a quarter of the way, so none is called best; try a lower --lr")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with --resume the interrupted run's options are the defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--faces-dir",
-        type=Path,
-        default="data/google_faces",
-        help="where the cut faces and their index are kept (default: %(default)s)",
-    )
-    add(
-        "--init",
-        type=Path,
-        default="runs/fer/best.pt",
-        metavar="CHECKPOINT",
-        help="start from this best.pt of finetune_fer.py (default: %(default)s)",
-    )
+def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
+    """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
+    import torch
+
+    print(f"{'':10}{'':7}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
+    for name, when in itertools.product(results["before"], ("before", "after")):
+        row = results[when][name]
+        shares = (row["acc"], row["mean_recall"], *row["recall"].values())
+        print(f"{name:10}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
+    shared.save_json(out_dir / "emotion.json", results)
+    matrix = torch.tensor(results["after"]["photos"]["confusion"])
+    shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
+    print(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """Return the options and, with --resume, the checkpoint to go on from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    add, points = parser.add_argument, shared.number(float, 0, 100)
+    shared.add_options(parser, data_dir="data/google", out_dir="runs/emotion", init=Path("runs/fer/best.pt"))
+    faces_help = "where the cut faces and their index are kept"
+    add("--faces-dir", type=Path, default="data/google_faces", metavar="DIR", help=faces_help)
     add("--largest-face", action="store_true", help="of several faces cut the largest, do not leave them out")
-    add(
-        "--mix",
-        type=Path,
-        default="data/fer",
-        metavar="DIR",
-        help="FER's faces, from unpack_fer_data.py: learned again, and judged on (default: %(default)s)",
-    )
+    mix_help = "FER's faces, from unpack_fer_data.py: learned again, and judged on"
+    add("--mix", type=Path, default="data/fer", metavar="DIR", help=mix_help)
     add("--no-mix", dest="mix", action="store_const", const=None, help="neither learn nor judge FER's faces")
-    add(
-        "--mix-share",
-        type=shared.number(float, 0, 100),
-        default=2.0,
-        metavar="X",
-        help="FER's faces for each photo's, 0: only judge on them (default: %(default)s)",
-    )
-    add(
-        "--max-loss",
-        type=shared.number(float, 0, 100),
-        default=1.0,
-        metavar="POINTS",
-        help="of accuracy on FER's val that the best model may have lost (default: %(default)s)",
-    )
-    add(
-        "--drop-suspects", action="store_true", help="do not learn from faces whose label both networks doubt"
-    )
+    share_help = "FER's faces for each photo's, 0: only judge on them"
+    add("--mix-share", type=points, default=2.0, metavar="X", help=share_help)
+    loss_help = "of accuracy on FER's val that the best model may have lost"
+    add("--max-loss", type=points, default=1.0, metavar="POINTS", help=loss_help)
     add("--review", action="store_true", help="do not train, write review.html: the labels that look wrong")
-    add(
-        "--corrections",
-        type=Path,
-        metavar="FILE",
-        help="what the page of --review exported (default: corrections.csv in --data-dir, if there)",
-    )
-    shared.add_training_options(
+    corrections_help = "what the page of --review exported (default: corrections.csv in --data-dir, if there)"
+    add("--corrections", type=Path, metavar="FILE", help=corrections_help)
+    shared.add_options(
         parser,
-        data_dir="data/google",
-        out_dir="runs/emotion",
+        unfreeze=["layer4", "fc"],
+        image_size=None,
         epochs=4,
         batch_size=64,
         lr=1e-4,
         weight_decay=0.05,
+        ema=0.0,
+        balance=1.0,  # a search brings few disgusted faces, and they are what FER lacks
+        mixup=0.0,
+        label_smoothing=0.1,
+        val_fraction=0.2,
+        limit=None,
+        seed=0,
+        resume=None,
+        device="auto",
     )
-    shared.add_classifier_options(parser)
-    shared.add_freezing_option(parser, unfreeze=["layer4", "fc"])
-    shared.add_split_option(parser)
-    parser.set_defaults(balance=1.0)  # a search brings few disgusted faces, and they are what FER lacks
     return shared.parse_with_resume(parser, argv, stage="emotion")
 
 
 @shared.one_line_errors
-def main(argv: Sequence[str] | None = None) -> None:  # noqa: PLR0915 (one step after the other)
+def main(argv: Sequence[str] | None = None) -> None:
     """Cut the faces, train, and report on the held-out faces before and after; or write the review page."""
-    args = parse_args(argv)
+    args, resumed = parse_args(argv)
+    import torch
+
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
     classes, image_size = start["classes"], args.image_size or start["image_size"]
-    records = cut_photos(
-        args.data_dir,
-        args.faces_dir,
-        classes,
-        shared.FaceFinder(device),
-        margin=start["crop_margin"],
-        largest_face=args.largest_face,
-        limit=args.limit,
-    )
-    print(count_photos(records, classes))
-    corrections_path = args.corrections or args.data_dir / "corrections.csv"
-    corrections = {}
+    corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
     if args.corrections or corrections_path.exists():
         corrections = read_corrections(corrections_path, classes)
+    finder = shared.FaceFinder(device)
+    cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
+    records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
+    print(count_photos(records, classes))
+    if corrections:
         print(f"{len(corrections)} corrections in {corrections_path}")
     faces = load_labelled(
         records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
     )
-
-    def batches(images: Tensor, labels: Tensor, batch_size: int = args.batch_size) -> shared.FaceBatches:
-        options = {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-        return shared.FaceBatches(images, labels, batch_size, image_size, device, **options)
-
     net = shared.load_network(start).to(device, memory_format=torch.channels_last)
-    is_learned = ~faces.is_val
-    if args.review or args.drop_suspects:
-        opinions = second_opinions(
-            net, batches(faces.images, faces.labels), faces.groups, start["temperature"]
-        )
-        doubts = torch.stack([doubt(probs, faces.labels) for probs in opinions])
-        is_learned &= (doubts <= 0).any(0) | faces.is_corrected
+    options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
+    options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
+    batches = functools.partial(shared.FaceBatches, **options)
     if args.review:
-        number = write_review(
+        probs = second_opinion(net, batches(faces.images, faces.labels), faces.groups, start["temperature"])
+        write_review(
             args.out_dir / "review.html",
             faces,
-            sum(opinions) / 2,
-            faces_dir=args.faces_dir,
-            classes=classes,
+            probs,
+            classes,
             corrections=corrections,
             corrections_path=corrections_path,
         )
-        print(f"{number} of {len(faces.labels)} labels look wrong; wrote {args.out_dir / 'review.html'}")
         return
 
+    fer = {name: shared.load_faces(args.mix / name, classes, args.limit)[:2] for name in SPLITS if args.mix}
+    train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
     val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
-    sets = {"photos": val}
-    if args.mix:
-        fer = {
-            split: shared.load_faces(args.mix / split, classes, args.limit)
-            for split in ("train", "val", "test")
-        }
-        sets |= {f"FER {split}": batches(*fer[split]) for split in ("val", "test")}
-        is_learned &= ~find_copies(faces, torch.cat([fer["val"][0], fer["test"][0]]))
-    train = batches(faces.images[is_learned], faces.labels[is_learned])
-    train.targets = F.one_hot(train.labels, len(classes)).float()
-    sizes = {"train": train.describe(classes), "val": val.describe(classes)}
-    if args.mix and args.mix_share:
-        replay = batches(*fer["train"], batch_size=max(round(args.batch_size * args.mix_share), 1))
-        sizes["FER"] = replay.describe(classes)
-        train = Rehearsed(train, replay, net)
+    sizes["val"] = shared.count_labels(val.labels, classes)
+    sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
     shared.freeze_except(net, args.unfreeze)
-    shared.start_run(args, net, device, sizes)
-    results = {"before": judge_sets(net, sets, start["temperature"], classes)}
-    about = {
-        **{key: start[key] for key in ("arch", "classes", "crop_margin")},
-        "stage": "emotion",
-        "image_size": image_size,
-        "config": shared.plain_config(args),
-    }
-    best_path, undrawn_path = args.out_dir / "best.pt", args.out_dir / "undrawn.pt"
-    if args.resumed and undrawn_path.exists():
-        undrawn_path.replace(best_path)
-    best = shared.fit_classifier(
-        net,
-        train,
-        val,
+    run = shared.Run(
         args.out_dir,
+        stage="emotion",
+        arch=start["arch"],
         classes=classes,
-        label_smoothing=args.label_smoothing,
-        about=about,
-        **shared.fit_options(args),
+        kept=classes,
+        image_size=image_size,
+        crop_margin=start["crop_margin"],
+        config=shared.plain_config(vars(args)),
+        best_name="undrawn.pt" if fer else "best.pt",  # what forgot too much must not be taken for the best
     )
-    if args.mix:
-        best_path.replace(undrawn_path)  # what forgot too much must not be taken for the best
-        best = draw_back(
-            best, start, val, sets["FER val"], results["before"]["FER val"]["acc"] - args.max_loss / 100
-        )
+    run.start(net, device, sizes, is_resumed=resumed is not None)
+    results = {"before": judge_sets(net, sets, start["temperature"], classes)}
+    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+    smoothing = args.label_smoothing
+    best = shared.fit_classifier(
+        net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
+    )
+    best_path = args.out_dir / "best.pt"
+    if fer:
+        lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
+        best = draw_back(best, start, val, sets["FER val"], lowest)
         shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
     trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
     results["after"] = judge_sets(trained, sets, best["temperature"], classes)

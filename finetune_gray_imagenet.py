@@ -2,7 +2,7 @@
 
 The colour net is the frozen teacher. The student is the same net with a one-channel stem, made by folding the
 three colour kernels and the colour normalisation into one gray kernel: on an image that is gray already it
-starts exactly right. What colour told the teacher is then distilled: mean squared error between the student's
+starts exactly right. What colour adds is then distilled: mean squared error between the student's
 embedding of the gray image and the teacher's embedding of the colour image (Romero et al. 2015, "FitNets").
 By default the stem alone learns, as in the original toolkit; the frozen rest keeps its BatchNorm statistics.
 
@@ -11,17 +11,20 @@ Usage:
     python finetune_gray_imagenet.py --data-dir data/imagenet --arch resnet18 --unfreeze conv1 bn1 layer1
 """
 
-import argparse
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import model as shared
 from model import COLOR_MEAN, COLOR_STD, GRAY_MEAN, GRAY_STD, LUMA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from torch import Tensor, nn
 
 
 def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
@@ -31,6 +34,9 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
         ValueError: the file does not fit the architecture, or there is nothing to download for it.
         FileNotFoundError: there is no such file.
     """
+    import torch
+    import torchvision
+
     if weights_path is None:
         if arch.endswith("_v1"):
             raise ValueError(f"torchvision has no weights for {arch}; give them with --teacher-weights FILE")
@@ -58,7 +64,7 @@ def fold_stem(color_weight: Tensor) -> tuple[Tensor, Tensor]:
     A gray value g enters the colour net as (g - mean_c) / std_c in each channel c and the gray net as
     x = (g - GRAY_MEAN) / GRAY_STD, so sum_c w_c (g - mean_c) / std_c = weight * x + offset.
     """
-    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (COLOR_MEAN, COLOR_STD))
+    mean, std = (color_weight.new_tensor(values).reshape(1, 3, 1, 1) for values in (COLOR_MEAN, COLOR_STD))
     weight = (color_weight * GRAY_STD / std).sum(1, keepdim=True)
     offset = (color_weight * (GRAY_MEAN - mean) / std).sum(1, keepdim=True)
     return weight, offset
@@ -70,11 +76,22 @@ def build_student(arch: str, teacher: nn.Module, stem_init: str) -> nn.Module:
     weights = {
         name: value for name, value in teacher.state_dict().items() if not name.startswith(("conv1.", "fc."))
     }
-    weights |= {f"conv1.{name}": value for name, value in student.conv1.state_dict().items()}
+    weights |= student.conv1.state_dict(prefix="conv1.")
     if stem_init == "folded":
         weights["conv1.weight"], weights["conv1.offset"] = fold_stem(teacher.conv1.weight.detach())
     student.load_state_dict(weights)
     return student
+
+
+def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split range(n) at random into train and val; both get at least one."""
+    import torch
+
+    if n < 2:
+        raise ValueError(f"found {n} image, expected at least 2: one to learn from, one to judge by")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    num_val = min(max(round(n * val_fraction), 1), n - 1)
+    return order[num_val:], order[:num_val]
 
 
 class ImagePairs:
@@ -84,6 +101,8 @@ class ImagePairs:
     """
 
     def __init__(self, images: Tensor, teacher: nn.Module, batch_size: int, device: torch.device, seed: int):
+        from torch import nn
+
         self.images, self.device, self.batch_size, self.seed = images, device, batch_size, seed
         self._embed = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten()).eval().requires_grad_(False)
 
@@ -92,6 +111,8 @@ class ImagePairs:
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches: gray images (n, 1, S, S), mirrored, moved, scaled, and targets (n, D)."""
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         for indices in torch.randperm(len(self), generator=generator).split(self.batch_size):
             images = self.images[indices].to(self.device).float() / 255
@@ -103,20 +124,25 @@ class ImagePairs:
         for images in self.images.split(self.batch_size):
             yield self._pair(images.to(self.device).float() / 255)
 
-    @torch.no_grad()
     def _pair(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        import torch
+
         mean, std, luma = (
-            torch.tensor(values, device=images.device).reshape(1, 3, 1, 1)
-            for values in (COLOR_MEAN, COLOR_STD, LUMA)
+            images.new_tensor(values).reshape(1, 3, 1, 1) for values in (COLOR_MEAN, COLOR_STD, LUMA)
         )
         gray = (images * luma).sum(1, keepdim=True)
         colors = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-        return (gray - GRAY_MEAN) / GRAY_STD, self._embed(colors).float()
+        with torch.no_grad():
+            return (gray - GRAY_MEAN) / GRAY_STD, self._embed(colors).float()
 
 
 def compare_embeddings(embeddings: Tensor, targets: Tensor, head: nn.Linear) -> dict[str, float]:
     """Compare embeddings (N, D) with the teacher's: MSE, mean cosine, share of equal top-1 classes."""
-    same = head(embeddings).argmax(1) == head(targets).argmax(1)
+    import torch
+    import torch.nn.functional as F
+
+    with torch.no_grad():
+        same = head(embeddings).argmax(1) == head(targets).argmax(1)
     return {
         "mse": F.mse_loss(embeddings, targets).item(),
         "cosine": F.cosine_similarity(embeddings, targets).mean().item(),
@@ -125,94 +151,86 @@ def compare_embeddings(embeddings: Tensor, targets: Tensor, head: nn.Linear) -> 
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Print one line a row, one column a figure."""
-    names = list(next(iter(rows.values())))
+    """Print one line a row, one column a figure of `compare_embeddings`."""
+    names = ("mse", "cosine", "agreement")
     print("".join(f"{name:>12}" for name in ("", *names)))
     for title, figures in rows.items():
         print(f"{title:>12}" + "".join(f"{figures[name]:12.4f}" for name in names))
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with --resume the interrupted run's options are the defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """Return the options and, with --resume, the checkpoint to go on from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    shared.add_options(parser, data_dir="data/imagenet", out_dir="runs/gray")
     add = parser.add_argument
-    add("--arch", choices=shared.ARCHS, default="resnet50", help="network (default: %(default)s)")
-    add(
-        "--teacher-weights",
-        type=Path,
-        metavar="FILE",
-        help="local state dict, instead of torchvision's download",
-    )
-    add(
-        "--stem-init",
-        choices=("folded", "kaiming"),
-        default="folded",
-        help="how the gray stem starts (default: %(default)s)",
-    )
-    shared.add_training_options(
+    add("--arch", choices=shared.ARCHS, default="resnet50", help="network")
+    weights_help = "local state dict, instead of torchvision's download"
+    add("--teacher-weights", type=Path, metavar="FILE", help=weights_help)
+    add("--stem-init", choices=("folded", "kaiming"), default="folded", help="how the gray stem starts")
+    shared.add_options(
         parser,
-        data_dir="data/imagenet",
-        out_dir="runs/gray",
+        unfreeze=["conv1"],
+        image_size=128,
         epochs=5,
         batch_size=16,
         lr=1e-2,
         weight_decay=0.0,
-        image_size=128,
+        ema=0.0,
+        val_fraction=0.2,
+        limit=None,
+        seed=0,
+        resume=None,
+        device="auto",
     )
-    shared.add_freezing_option(parser, unfreeze=["conv1"])
-    shared.add_split_option(parser)
     return shared.parse_with_resume(parser, argv, stage="gray")
 
 
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, and print the held-out comparison before and after."""
-    args = parse_args(argv)
+    args, resumed = parse_args(argv)
+    import torch
+    import torch.nn.functional as F
+
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     teacher = load_teacher(args.arch, args.teacher_weights)
     images = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
-    train_indices, val_indices = shared.split_indices(len(images), args.val_fraction, args.seed)
+    train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
     student = build_student(args.arch, teacher, args.stem_init).to(device, memory_format=torch.channels_last)
     shared.freeze_except(student, args.unfreeze)
     teacher.eval().to(device, memory_format=torch.channels_last)
-    train, val = (
-        ImagePairs(images[i], teacher, args.batch_size, device, args.seed)
-        for i in (train_indices, val_indices)
-    )
+    train = ImagePairs(images[train_indices], teacher, args.batch_size, device, args.seed)
+    val = ImagePairs(images[val_indices], teacher, args.batch_size, device, args.seed)
     head = teacher.fc.cpu()
-    shared.start_run(args, student, device, {"train": f"{len(train)} images", "val": f"{len(val)} images"})
-
-    def validate(net: nn.Module) -> dict[str, float]:
-        with torch.no_grad():
-            return compare_embeddings(*shared.evaluate(net, val.eval()), head)
-
-    before = validate(student)
-    save = shared.checkpoint_writer(
+    run = shared.Run(
         args.out_dir,
         stage="gray",
         arch=args.arch,
-        classes=[],
+        classes=(),
+        kept=(),
         image_size=args.image_size,
         crop_margin=0.0,
-        config=shared.plain_config(args),
+        config=shared.plain_config(vars(args)),
     )
+    sizes = {"train": f"{len(train)} images", "val": f"{len(val)} images"}
+    run.start(student, device, sizes, is_resumed=resumed is not None)
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        return compare_embeddings(*shared.evaluate(net, val.eval()), head)
 
     def score(record: dict) -> float:
         return record["cosine"]
 
+    before = validate(student)
+    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
     history = shared.fit(
-        student, F.mse_loss, train, validate, score=score, save=save, **shared.fit_options(args)
+        student, F.mse_loss, train, validate, score=score, run=run, schedule=schedule, resume=resumed
     )
     best = max(reversed(history), key=score)  # the last of equals, as saved
     print_table({args.stem_init: before, "distilled": best})
-    shared.plot_history(
-        history,
-        {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]},
-        args.out_dir / "curves.png",
-    )
+    panels = {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]}
+    shared.plot_history(history, panels, args.out_dir / "curves.png")
     print(f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}")
 
 

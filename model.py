@@ -825,15 +825,11 @@ def load_faces(
     return load_images(paths, "L"), labels, paths
 
 
-def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split range(n) at random into train and val; both get at least one."""
-    import torch
-
-    if n < 2:
-        raise ValueError(f"found {n} image, expected at least 2: one to learn from, one to judge by")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    num_val = min(max(round(n * val_fraction), 1), n - 1)
-    return order[num_val:], order[:num_val]
+def count_labels(labels: Tensor, classes: Sequence[str]) -> str:
+    """Return how many images there are, and of which class, in words."""
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    each = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+    return f"{len(labels)} images ({each})"
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -981,12 +977,6 @@ class FaceBatches:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def describe(self, classes: Sequence[str]) -> str:
-        """Return how many images there are, and of which class."""
-        counts = self.labels.bincount(minlength=len(classes)).tolist()
-        each = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
-        return f"{len(self)} images ({each})"
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, C)."""
@@ -1302,11 +1292,14 @@ class Run:
             data: what there is to learn from, in words.
 
         Raises:
-            ValueError: the folder holds another run's checkpoint, and this is not its resumption.
+            ValueError: the folder holds another run, and this is not its resumption; or it lacks the best
+                checkpoint of the run to resume.
         """
         import torch
 
-        last = self.out_dir / "last.pt"
+        last, best = self.out_dir / "last.pt", self.out_dir / self.best_name
+        if is_resumed and not best.exists():
+            raise ValueError(f"{best} is not there, the best epoch so far; put it back, or train anew")
         if last.exists() and not is_resumed:
             raise ValueError(
                 f"{self.out_dir} holds another run; go on with --resume {last}, choose another --out-dir, "
@@ -1629,7 +1622,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows each option's default, and the description as it is."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False):  # what happens without the option is in its help
+        if (
+            action.default is None or action.default is False
+        ):  # what happens without the option is in its help
             return action.help
         if isinstance(action.default, list | tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
