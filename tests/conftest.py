@@ -121,7 +121,8 @@ def load_networks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def finder() -> shared.FaceFinder:
-    return shared.FaceFinder()
+    """It looks for faces of 20 pixels or more, as facenet-pytorch's does."""
+    return shared.FaceFinder(min_face_size=20)
 
 
 @pytest.fixture(scope="session")
@@ -188,7 +189,7 @@ def run(capsys):
 def start() -> Iterator[Callable[..., subprocess.Popen]]:
     """Start a script as a process of its own, which ends with the test at the latest.
 
-    It obeys Ctrl-C. Where a shell without job control started pytest in the background, pytest ignores Ctrl-C,
+    It obeys Ctrl-C. Where a shell without job control started pytest in the background, pytest ignores it,
     and a child would inherit that.
     """
     processes = []
