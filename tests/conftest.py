@@ -77,6 +77,9 @@ def real_data() -> Path:
     return REAL_DATA
 
 
+NO_BROWSER = "no Chromium with chromedriver; apt-get install chromium chromium-driver"
+
+
 @pytest.fixture(scope="session")
 def sample_photo() -> Path:
     return ROOT / "resources" / "sample.jpg"
