@@ -13,6 +13,8 @@ from PIL import Image
 
 import model as shared
 
+NO_OPENVINO = "no OpenVINO; pip install -r requirements.txt"
+
 
 def overlap_shares(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes (N, 4) and others (M, 4): (N, M)."""
@@ -225,7 +227,7 @@ def test_engine_runs_more_than_a_batch_and_none():
 
 
 def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, cache, monkeypatch):
-    openvino = pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino", reason=NO_OPENVINO)
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
     fresh = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
     assert len(list(cache.iterdir())) == 4
@@ -239,7 +241,7 @@ def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, c
 def test_detection_with_cached_engines_loads_neither_torchvision_nor_telemetry(
     faces, sample, sample_photo, tmp_path
 ):
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
     shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
     code = f"""
 import sys, detect_emotions
@@ -256,7 +258,7 @@ print(*(name for name in unwanted if sys.modules.get(name)), file=sys.stderr)
     "damage", [lambda blob: b"", lambda blob: blob[:-9], lambda blob: blob[:99] + b"x" * 9]
 )
 def test_damaged_cache_is_made_again(faces, sample, cache, damage):
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
     shared.FaceFinder(min_face_size=20)
     contents = {path: path.read_bytes() for path in cache.iterdir()}
     assert len(contents) == 3
