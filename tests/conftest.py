@@ -1,10 +1,19 @@
-"""Real data, and small checkpoints of the real kinds, for all tests."""
+"""For all tests: which ones run, real data, networks that are loaded once, small checkpoints, processes."""
 
+import contextlib
+import inspect
 import os
+import resource
+import signal
+import subprocess
+import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny_resnet
 import torch
 from PIL import Image
 
@@ -24,11 +33,51 @@ CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
+# --- which tests run, and what is said of the others ---
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds, or a browser, a screen, signals; needs --all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.stash[LEFT_OUT] = len(slow)
+    config.hook.pytest_deselected(items=slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what did not run, and how it would."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"skipped: {count} tests: {reason}")
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        kinds = "real weights over whole tables, kills, browsers, long mutations"
+        all_run = "python -m pytest --all runs them"
+        terminalreporter.write_line(f"left out: {left_out} slow tests ({kinds}); {all_run}")
+
+
+# --- real data and real networks ---
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     if not REAL_DATA.is_dir():
-        pytest.skip(f"no real data in {REAL_DATA}")
+        pytest.skip(f"no real data in {REAL_DATA}; see README: Data, licences, limits")
     return REAL_DATA
+
+
+NO_BROWSER = "no Chromium with chromedriver; apt-get install chromium chromium-driver"
 
 
 @pytest.fixture(scope="session")
@@ -36,16 +85,67 @@ def sample_photo() -> Path:
     return ROOT / "resources" / "sample.jpg"
 
 
+# Loading a network takes a second or more. A script that runs in this process gets one that is loaded.
+load_finder, load_classifier = shared.FaceFinder.__init__, shared.Classifier.load
+
+
+@pytest.fixture(scope="session", autouse=True)
+def load_networks_once() -> Iterator[None]:
+    finders, classifiers = {}, {}
+
+    def init(self: shared.FaceFinder, *args: object, **options: object) -> None:
+        bound = inspect.signature(load_finder).bind(self, *args, **options)
+        bound.apply_defaults()
+        key = tuple(map(str, bound.args[1:]))
+        if key not in finders:
+            load_finder(self, *args, **options)
+            finders[key] = dict(vars(self))
+        vars(self).update(finders[key])
+
+    def load(path: Path, device: torch.device) -> shared.Classifier:
+        if path != shared.DEFAULT_MODEL:
+            return load_classifier(path, device)
+        if device not in classifiers:
+            classifiers[device] = load_classifier(path, device)
+        return classifiers[device]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared.FaceFinder, "__init__", init)
+        patch.setattr(shared.Classifier, "load", load)
+        yield
+
+
+@pytest.fixture
+def load_networks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the loading itself."""
+    monkeypatch.setattr(shared.FaceFinder, "__init__", load_finder)
+    monkeypatch.setattr(shared.Classifier, "load", load_classifier)
+
+
+@pytest.fixture(scope="session")
+def finder() -> shared.FaceFinder:
+    """It looks for faces of 20 pixels or more, as facenet-pytorch's does."""
+    return shared.FaceFinder(min_face_size=20)
+
+
+@pytest.fixture(scope="session")
+def classifier() -> shared.Classifier:
+    """The shipped one."""
+    return shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+
+
+# --- small stand-ins ---
+
+
 @pytest.fixture
 def gray_checkpoint(tmp_path: Path) -> Path:
-    """Write a gray checkpoint as stage 1 does, of a resnet18 with random weights."""
+    """Write a gray checkpoint as stage 1 does, of a tiny network with random weights."""
     torch.manual_seed(0)
     path = tmp_path / "gray" / "best.pt"
     path.parent.mkdir()
-    save = shared.checkpoint_writer(
-        path.parent, stage="gray", arch="resnet18", classes=[], image_size=64, crop_margin=0.0, config={}
-    )
-    save("best", shared.gray_resnet("resnet18", 0), [{"epoch": 1, "cosine": 1.0}])
+    about = {"arch": tiny_resnet.ARCH, "classes": [], "image_size": 64, "crop_margin": 0.0, "config": {}}
+    save = shared.checkpoint_writer(path.parent, stage="gray", **about)
+    save("best", shared.gray_resnet(tiny_resnet.ARCH, 0), [{"epoch": 1, "cosine": 1.0}])
     return path
 
 
@@ -69,6 +169,9 @@ def fer_dir(tmp_path: Path) -> Path:
     return tmp_path / "fer"
 
 
+# --- running scripts ---
+
+
 @pytest.fixture
 def run(capsys):
     """Run detect_emotions.py and return its exit code, stdout and stderr."""
@@ -83,3 +186,42 @@ def run(capsys):
         return code, captured.out, captured.err + message
 
     return run
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Start a script as a process of its own, which ends with the test at the latest.
+
+    It obeys Ctrl-C. Where a shell without job control started pytest in the background, pytest ignores it,
+    and a child would inherit that.
+    """
+    processes = []
+
+    def start(*args: object, **options: object) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # which no child inherits
+        try:
+            processes.append(subprocess.Popen([sys.executable, *map(str, args)], **{**pipes, **options}))
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+
+
+@contextlib.contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Let no file that this process writes grow over a size: the write itself fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

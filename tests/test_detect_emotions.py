@@ -1,12 +1,9 @@
 import csv
 import errno
-import functools
 import itertools
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageCms, ImageColor, ImageDraw
+from tiny_resnet import ARCH
 
 import detect_emotions
 import model as shared
@@ -48,13 +46,6 @@ COLOR_BLINDNESS = {
         (-0.011820, 0.042940, 0.968881),
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def load_each_model_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared.Classifier, "load", functools.cache(shared.Classifier.load))
-        yield
 
 
 @pytest.fixture
@@ -195,10 +186,10 @@ def test_options_out_of_range_are_refused(run, option):
 
 def test_classes_come_from_the_checkpoint(read, portrait, tmp_path):
     classes = ("bored", "fearful", "happy", "neutral")
-    network = shared.gray_resnet("resnet18", len(classes))
+    network = shared.gray_resnet(ARCH, len(classes))
     torch.nn.init.zeros_(network.fc.weight)
     network.fc.bias.data = torch.tensor([3.0, 0, 0, 0])
-    about = {"stage": "fer", "arch": "resnet18", "classes": classes, "image_size": 64, "crop_margin": 0.2}
+    about = {"stage": "fer", "arch": ARCH, "classes": classes, "image_size": 64, "crop_margin": 0.2}
     checkpoint = {**about, "temperature": 1.0, "model": network.state_dict()}
     shared.save_checkpoint(tmp_path / "best.pt", checkpoint)
     portrait.save(tmp_path / "photo.png")
@@ -383,24 +374,20 @@ def test_impossible_output_is_one_line(run, portrait, tmp_path):
     assert len(err.splitlines()) == 1
 
 
-def test_an_opencv_without_its_system_libraries_does_no_harm(portrait, tmp_path):
+@pytest.mark.slow
+def test_an_opencv_without_its_system_libraries_does_no_harm(start, portrait, tmp_path):
     """facenet-pytorch imports OpenCV where there is one; on a bare container that import fails."""
     portrait.save(tmp_path / "portrait.png")
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
-    run = subprocess.run(
-        [sys.executable, detect_emotions.__file__, tmp_path / "portrait.png"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert len(run.stdout.splitlines()) == 1
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = start(detect_emotions.__file__, tmp_path / "portrait.png", env=environment)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert len(out.splitlines()) == 1
 
 
-def test_a_reader_that_has_enough_is_no_error(tmp_path):
-    command = [sys.executable, detect_emotions.__file__, SAMPLE, "--out-dir", tmp_path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_a_reader_that_has_enough_is_no_error(start, tmp_path):
+    process = start(detect_emotions.__file__, SAMPLE, "--out-dir", tmp_path)
     process.stdout.close()  # as `head -0` does
     assert process.stderr.read() == ""
     assert process.wait() == 1

@@ -345,11 +345,11 @@ def test_sound_without_picture_is_one_line(run, tmp_path):
     assert err == f"error: {path} has no picture, only sound; name a video\n"
 
 
-def test_interrupt_leaves_no_half_output(moving, tmp_path):
+@pytest.mark.slow
+def test_interrupt_leaves_no_half_output(start, moving, tmp_path):
     write_video(tmp_path / "a.mp4", moving(3))
     write_video(tmp_path / "b.mp4", moving(400, step=0))
-    command = [sys.executable, detect_emotions.__file__, tmp_path, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(detect_emotions.__file__, tmp_path, "--json")
     for _ in range(20):  # well into the second
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -741,7 +741,7 @@ def test_in_background_passes_errors_on():
 def screen(tmp_path):
     """A virtual screen: its name, and a function that reads its pixels."""
     if not shutil.which("Xvfb"):
-        pytest.skip("no Xvfb; apt-get install xvfb")
+        pytest.skip("no Xvfb, on which a window can open; apt-get install xvfb")
     read_end, write_end = os.pipe()
     command = ["Xvfb", "-displayfd", str(write_end), "-screen", "0", "640x480x24", "-fbdir", tmp_path]
     server = subprocess.Popen(command, pass_fds=[write_end], stderr=subprocess.DEVNULL)
@@ -761,15 +761,13 @@ def screen(tmp_path):
     server.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["file", "camera"])
-def test_live_window_shows_the_labelled_frames(moving, screen, tmp_path, source):
+def test_live_window_shows_the_labelled_frames(start, moving, screen, tmp_path, source):
     name, pixels = screen
     clip = write_video(tmp_path / "clip.mp4", moving(100, step=0))
     options = [clip, "--show", "--no-video"] if source == "file" else ["--camera", clip]
-    command = [sys.executable, detect_emotions.__file__, *options]
-    process = subprocess.Popen(
-        command, env={**os.environ, "DISPLAY": name}, stdout=subprocess.PIPE, text=True
-    )
+    process = start(detect_emotions.__file__, *options, env={**os.environ, "DISPLAY": name}, stderr=None)
     yellow = 0  # the label's
     while process.poll() is None:
         yellow = max(yellow, (np.abs(pixels().astype(int) - (240, 228, 66)).max(2) < 12).sum())

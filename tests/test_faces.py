@@ -13,6 +13,8 @@ from PIL import Image
 
 import model as shared
 
+NO_OPENVINO = "no OpenVINO; pip install -r requirements.txt"
+
 
 def overlap_shares(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes (N, 4) and others (M, 4): (N, M)."""
@@ -33,17 +35,12 @@ def sample(sample_photo) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def finder() -> shared.FaceFinder:
-    return shared.FaceFinder(min_face_size=20)
-
-
-@pytest.fixture(scope="module")
 def faces(finder, sample) -> shared.Faces:
     return finder.find(sample)
 
 
 @pytest.fixture
-def cache(monkeypatch, tmp_path):
+def cache(load_networks_anew, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "emotion-detector"
 
@@ -83,6 +80,7 @@ def test_finds_facenets_faces_on_the_sample(finder, sample):
     assert compare_with_facenet(finder, [sample]) == (4, 4, 4)
 
 
+@pytest.mark.slow
 def test_finds_facenets_faces_on_real_photos(finder, real_data):
     """The bars of tests/benchmark_faces.py, which takes all photos and frames of video."""
     names = ("18f_pif-group.jpg", "18f_roth-selfie.jpg", "astronaut.png", "grace_hopper.jpg", "no-faces.jpg")
@@ -100,7 +98,7 @@ def test_default_size_finds_the_small_faces_of_groups(real_data):
     assert len(finder.find(load(real_data / "photos" / "18f_pif-group.jpg")).boxes) >= 64
 
 
-def test_torch_finds_the_same_faces(faces, sample, monkeypatch):
+def test_torch_finds_the_same_faces(faces, sample, monkeypatch, load_networks_anew):
     """Where the first two networks run in bfloat16, boxes of 200 pixels differ by one or two."""
     compile_network = shared.openvino_infer
     monkeypatch.setattr(shared, "openvino_infer", lambda *args: compile_network(*args[:-1], False))
@@ -174,7 +172,7 @@ def test_refine_takes_boxes_that_left_the_image(finder, sample):
 # --- inference ---
 
 
-def test_predict_agrees_with_torch(faces, sample, monkeypatch):
+def test_predict_agrees_with_torch(faces, sample, monkeypatch, load_networks_anew):
     device = torch.device("cpu")
     by_openvino = shared.Classifier.load(shared.DEFAULT_MODEL, device)
     probs = by_openvino.predict(sample, faces.boxes)
@@ -194,8 +192,7 @@ def test_predict_agrees_with_torch(faces, sample, monkeypatch):
     np.testing.assert_allclose(expected, (logits / checkpoint["temperature"]).softmax(1), atol=1e-3)
 
 
-def test_predict_all_splits_one_batch_by_image(faces, sample):
-    classifier = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+def test_predict_all_splits_one_batch_by_image(faces, sample, classifier):
     mirrored = sample.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     boxes = [faces.boxes, faces.boxes[:0], faces.boxes[1:3]]
     probs = classifier.predict_all([sample, sample, mirrored], boxes)
@@ -205,17 +202,32 @@ def test_predict_all_splits_one_batch_by_image(faces, sample):
     assert classifier.predict_all([], []) == []
 
 
-def test_engine_runs_more_than_a_batch_and_none(finder):
+class Small(torch.nn.Module):
+    """A network of two outputs, as the finder's have."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+
+    def forward(self, images):
+        features = self.conv(images.permute(0, 3, 1, 2).float() / 255).mean((2, 3))
+        return features, self.fc(features).softmax(1)
+
+
+def test_engine_runs_more_than_a_batch_and_none():
+    torch.manual_seed(0)
+    like = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
+    engine = shared.Engine("small", Small, b"seed 0", like, torch.device("cpu"))
     crops = np.random.default_rng(0).integers(0, 256, (2 * shared.MAX_BATCH + 5, 24, 24, 3), np.uint8)
-    shifts, probs = finder._rnet(crops)
-    one_by_one = [finder._rnet(crop[None]) for crop in crops]
+    shifts, probs = engine(crops)
+    one_by_one = [engine(crop[None]) for crop in crops]
     np.testing.assert_allclose(shifts, np.concatenate([shift for shift, _ in one_by_one]), atol=1e-5)
     np.testing.assert_allclose(probs, np.concatenate([prob for _, prob in one_by_one]), atol=1e-5)
-    assert [part.shape for part in finder._rnet(crops[:0])] == [(0, 4), (0, 2)]
+    assert [part.shape for part in engine(crops[:0])] == [(0, 4), (0, 2)]
 
 
 def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, cache, monkeypatch):
-    openvino = pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino", reason=NO_OPENVINO)
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
     fresh = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
     assert len(list(cache.iterdir())) == 4
@@ -225,10 +237,11 @@ def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, c
     np.testing.assert_allclose(again, fresh, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_detection_with_cached_engines_loads_neither_torchvision_nor_telemetry(
     faces, sample, sample_photo, tmp_path
 ):
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
     shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
     code = f"""
 import sys, detect_emotions
@@ -245,7 +258,7 @@ print(*(name for name in unwanted if sys.modules.get(name)), file=sys.stderr)
     "damage", [lambda blob: b"", lambda blob: blob[:-9], lambda blob: blob[:99] + b"x" * 9]
 )
 def test_damaged_cache_is_made_again(faces, sample, cache, damage):
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
     shared.FaceFinder(min_face_size=20)
     contents = {path: path.read_bytes() for path in cache.iterdir()}
     assert len(contents) == 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_faces
 from PIL import Image
+from tiny_resnet import ARCH, FEATURES
 
 import finetune_emotion
 import model as shared
@@ -44,9 +45,9 @@ def photos_dir(tmp_path, cut_photos_dir):
 @pytest.fixture
 def fer_checkpoint(tmp_path):
     torch.manual_seed(0)
-    about = {"arch": "resnet18", "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.1, "config": {}}
+    about = {"arch": ARCH, "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.1, "config": {}}
     save = shared.checkpoint_writer(tmp_path, stage="fer", **about)
-    save("fer", shared.gray_resnet("resnet18", 2), [{"epoch": 1, "val_acc": 0.5, "temperature": 1.5}])
+    save("fer", shared.gray_resnet(ARCH, 2), [{"epoch": 1, "val_acc": 0.5, "temperature": 1.5}])
     return tmp_path / "fer.pt"
 
 
@@ -279,7 +280,7 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
         images = torch.full((n, 1, 48, 48), 128, dtype=torch.uint8)
         return shared.FaceBatches(images, torch.full((n,), label), batch_size, 32, torch.device("cpu"))
 
-    net = shared.gray_resnet("resnet18", 2)
+    net = shared.gray_resnet(ARCH, 2)
     photos = batches(10, 4, 0)
     photos.targets = torch.tensor([[1.0, 0.0]] * 10)
     data = finetune_emotion.Rehearsed(photos, batches(5, 2, 1), net)
@@ -397,7 +398,7 @@ def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoin
     start = shared.load_checkpoint(fer_checkpoint)
     images, labels = shared.load_faces(fer_dir / "val", CLASSES)
     val = shared.FaceBatches(images, torch.zeros_like(labels), 4, 32, torch.device("cpu"))
-    head = {"fc.weight": torch.zeros(2, 512), "fc.bias": torch.tensor([1.0, 0.0])}
+    head = {"fc.weight": torch.zeros(2, FEATURES), "fc.bias": torch.tensor([1.0, 0.0])}
     start["model"] |= head
     trained = {**start, "model": {**start["model"], "fc.bias": torch.tensor([-0.5, 0.0])}}
     blended = finetune_emotion.draw_back(trained, start, val, val, 0.9)

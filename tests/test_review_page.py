@@ -6,15 +6,17 @@ import time
 
 import pytest
 import torch
-from conftest import make_faces
+from conftest import NO_BROWSER, make_faces
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
+from tiny_resnet import ARCH
 
 import finetune_emotion
 import model as shared
 
+pytestmark = pytest.mark.slow
 CLASSES = ("angry", "happy")
 NASTY = 'angry/a, "b" </script><b>.png'  # what a CSV and an HTML page must quote
 
@@ -23,7 +25,7 @@ NASTY = 'angry/a, "b" </script><b>.png'  # what a CSV and an HTML page must quot
 def browser(tmp_path):
     chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("no Chromium with its chromedriver")
+        pytest.skip(NO_BROWSER)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,900"):
@@ -142,9 +144,9 @@ def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys)
             folder.mkdir(parents=True, exist_ok=True)
             montage.crop((x, y, x + 480, y + 480)).save(folder / f"{i}.jpg")
     torch.manual_seed(0)
-    about = {"arch": "resnet18", "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.0, "config": {}}
+    about = {"arch": ARCH, "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.0, "config": {}}
     save = shared.checkpoint_writer(tmp_path, stage="fer", **about)
-    save("fer", shared.gray_resnet("resnet18", 2), [{"epoch": 1, "val_acc": 0.5}])
+    save("fer", shared.gray_resnet(ARCH, 2), [{"epoch": 1, "val_acc": 0.5}])
     options = [
         "--data-dir",
         tmp_path / "photos",
