@@ -857,6 +857,7 @@ class Summary:
         start: s, of the first frame; None before there is one.
         end: s, when the last frame ends.
         seen: number of frames by track.
+        pictures: of the longest tracks, the probability of the surest label and the face at that time.
     """
 
     def __init__(self, classes: Sequence[str]):
@@ -867,7 +868,7 @@ class Summary:
         self._rows: list[tuple] = []  # of faces that are not summed up yet
         self._sums: pd.DataFrame | None = None
         self.seen = Counter()
-        self._pictures: dict[int, tuple[float, Image.Image]] = {}  # by track: of its surest label
+        self.pictures: dict[int, tuple[float, Image.Image]] = {}
 
     def add(self, frame: Frame, faces: Sequence[dict]) -> None:
         """Take in a frame with its faces."""
@@ -881,19 +882,19 @@ class Summary:
             self._rows.append((track, when, float(frame.time), float(self.end), *seconds, *probs))
             self.seen[track] += 1
             self._keep_picture(frame.image, face)
-        if len(self._pictures) > NUM_PICTURED:
+        if len(self.pictures) > NUM_PICTURED:
             present = {face["track"] for face in faces}
-            del self._pictures[min(self._pictures, key=lambda track: (track in present, self.seen[track]))]
+            del self.pictures[min(self.pictures, key=lambda track: (track in present, self.seen[track]))]
         if len(self._rows) >= CHUNK:
             self._sum_up()
 
     def _keep_picture(self, image: Image.Image, face: dict) -> None:
         """Keep the face's picture if its label is clearly surer than the kept one's."""
-        best, _ = self._pictures.get(face["track"], (0.0, None))
+        best, _ = self.pictures.get(face["track"], (0.0, None))
         if face["prob"] > best + 0.02:
             (crop,) = shared.crop_faces(image, np.array([face["box"]]), 0.2)
             picture = crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
-            self._pictures[face["track"]] = (face["prob"], picture)
+            self.pictures[face["track"]] = (face["prob"], picture)
 
     def _sum_up(self) -> pd.DataFrame:
         """Return a row for each track and bin: `first` and `last`, s, sums of `seconds_` and `prob_`."""
@@ -953,12 +954,12 @@ class Summary:
         from matplotlib.patches import Patch
 
         tracks = self.tracks()
-        pictured = tracks[tracks["track"].isin(list(self._pictures))]
+        pictured = tracks[tracks["track"].isin(list(self.pictures))]
         shown = pictured.nlargest(NUM_PLOTTED, "seconds").sort_values("track")
         figure = Figure(figsize=(11, 1.4 + 1.2 * max(len(shown), 1)), layout="constrained")
         axes = figure.subplots(max(len(shown), 1), 2, width_ratios=(1, 11), squeeze=False)
         for track, (left, right) in zip(shown.to_dict("records"), axes, strict=False):
-            left.imshow(self._pictures[track["track"]][1])
+            left.imshow(self.pictures[track["track"]][1])
             for times, parts in self.runs(track["track"]):
                 right.stackplot(times, parts.T, colors=[colors[name] for name in self.classes], step="post")
             share = track[f"share_{track['emotion']}"]

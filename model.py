@@ -872,7 +872,7 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _compress(images: Tensor, quality: int) -> Tensor:
+def compress(images: Tensor, quality: int) -> Tensor:
     """Store uint8 images (N, 1, H, W) as JPEG and read them again."""
     import torch
 
@@ -898,7 +898,7 @@ def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tens
     stored = torch.rand(n, generator=generator) < 1 / 4
     if stored.any():
         images = images.clone()
-        images[stored] = _compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
+        images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
     images = images.float() / 255
     coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
@@ -1026,7 +1026,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
 
 
-def _reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+def reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
     """Sort probs (N, C) into equally wide bins of confidence: each one's count, mean confidence and accuracy.
 
     Means over an empty bin are 0.
@@ -1040,12 +1040,12 @@ def _reliability(probs: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor,
     return counts, *(total / counts.clamp(min=1) for total in sums)
 
 
-def calibration_error(probs: Tensor, labels: Tensor) -> float:
-    """Compute the expected calibration error, 0-1, of probs (N, C), over 15 equally wide bins of confidence.
+def calibration_error(probs: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Compute the expected calibration error, 0-1, of probs (N, C), over equally wide bins of confidence.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
-    counts, confidence, accuracy = _reliability(probs, labels)
+    counts, confidence, accuracy = reliability(probs, labels, bins)
     return (counts * (accuracy - confidence).abs()).sum().item() / len(labels)
 
 
@@ -1109,7 +1109,7 @@ def report(
             print(f"{split}, {name}: {line(figures)}")
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
+    plotreliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
 
@@ -1156,11 +1156,11 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
+def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
     """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG."""
     from matplotlib.figure import Figure
 
-    counts, confidence, accuracy = (part.numpy() for part in _reliability(probs, labels))
+    counts, confidence, accuracy = (part.numpy() for part in reliability(probs, labels))
     filled = counts > 0
     figure = Figure(figsize=(5, 5.5), layout="constrained")
     figure.suptitle(f"{title}: calibration error {calibration_error(probs, labels):.3f}, n = {len(labels)}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -86,40 +86,36 @@ def sample_photo() -> Path:
 
 
 # Loading a network takes a second or more. A script that runs in this process gets one that is loaded.
-load_finder, load_classifier = shared.FaceFinder.__init__, shared.Classifier.load
+LOADED = {kind: kind.__init__ for kind in (shared.FaceFinder, shared.Classifier)}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def load_networks_once() -> Iterator[None]:
-    finders, classifiers = {}, {}
+    def init_once(load: Callable) -> Callable:
+        loaded = {}
 
-    def init(self: shared.FaceFinder, *args: object, **options: object) -> None:
-        bound = inspect.signature(load_finder).bind(self, *args, **options)
-        bound.apply_defaults()
-        key = tuple(map(str, bound.args[1:]))
-        if key not in finders:
-            load_finder(self, *args, **options)
-            finders[key] = dict(vars(self))
-        vars(self).update(finders[key])
+        def init(self: object, *args: object, **options: object) -> None:
+            bound = inspect.signature(load).bind(self, *args, **options)
+            bound.apply_defaults()
+            key = tuple(map(str, bound.args[1:]))
+            if key not in loaded:
+                load(self, *args, **options)
+                loaded[key] = dict(vars(self))
+            vars(self).update(loaded[key])
 
-    def load(path: Path, device: torch.device) -> shared.Classifier:
-        if path != shared.DEFAULT_MODEL:
-            return load_classifier(path, device)
-        if device not in classifiers:
-            classifiers[device] = load_classifier(path, device)
-        return classifiers[device]
+        return init
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared.FaceFinder, "__init__", init)
-        patch.setattr(shared.Classifier, "load", load)
+        for kind, load in LOADED.items():
+            patch.setattr(kind, "__init__", init_once(load))
         yield
 
 
 @pytest.fixture
 def load_networks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the loading itself."""
-    monkeypatch.setattr(shared.FaceFinder, "__init__", load_finder)
-    monkeypatch.setattr(shared.Classifier, "load", load_classifier)
+    for kind, load in LOADED.items():
+        monkeypatch.setattr(kind, "__init__", load)
 
 
 @pytest.fixture(scope="session")
@@ -131,10 +127,27 @@ def finder() -> shared.FaceFinder:
 @pytest.fixture(scope="session")
 def classifier() -> shared.Classifier:
     """The shipped one."""
-    return shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+    return shared.Classifier(shared.DEFAULT_MODEL, "cpu")
 
 
 # --- small stand-ins ---
+
+
+def write_checkpoint(
+    path: Path,
+    net: torch.nn.Module,
+    classes: Sequence[str],
+    *,
+    arch: str = tiny_resnet.ARCH,
+    stage: str = "fer",
+    image_size: int = 32,
+    crop_margin: float = 0.0,
+    temperature: float = 1.0,
+) -> Path:
+    """Write what a stage writes of a network."""
+    run = shared.Run(path.parent, stage, arch, classes, classes, image_size, crop_margin, {}, path.name)
+    run.save_best(net, [{"epoch": 1, "temperature": temperature}])
+    return path
 
 
 @pytest.fixture
@@ -142,11 +155,7 @@ def gray_checkpoint(tmp_path: Path) -> Path:
     """Write a gray checkpoint as stage 1 does, of a tiny network with random weights."""
     torch.manual_seed(0)
     path = tmp_path / "gray" / "best.pt"
-    path.parent.mkdir()
-    about = {"arch": tiny_resnet.ARCH, "classes": [], "image_size": 64, "crop_margin": 0.0, "config": {}}
-    save = shared.checkpoint_writer(path.parent, stage="gray", **about)
-    save("best", shared.gray_resnet(tiny_resnet.ARCH, 0), [{"epoch": 1, "cosine": 1.0}])
-    return path
+    return write_checkpoint(path, shared.gray_resnet(tiny_resnet.ARCH, 0), (), stage="gray", image_size=64)
 
 
 def make_faces(folder: Path, per_class: int, classes: tuple[str, ...] = shared.EMOTIONS) -> Path:

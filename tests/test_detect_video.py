@@ -29,6 +29,7 @@ from detect_emotions import (
     Tracker,
     Video,
     box_ious,
+    clock_time,
     draw_faces,
     find_sources,
     in_background,
@@ -36,7 +37,6 @@ from detect_emotions import (
     leave_out_finished,
     match_boxes,
     plan_outputs,
-    seconds,
 )
 
 SAMPLE = shared.DEFAULT_MODEL.with_name("sample.jpg")  # 960x960, four portraits
@@ -262,8 +262,8 @@ def test_start_and_end_cut_picture_and_sound(run, moving, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "value"), [("7", 7), ("1.25", 1.25), ("2:03", 123), ("1:00:01.5", 3601.5)])
-def test_seconds_reads_clock_times(text, value):
-    assert seconds(text) == value
+def test_clock_time_reads_seconds_minutes_and_hours(text, value):
+    assert clock_time(text) == value
 
 
 def test_no_video_writes_only_the_data(run, moving, tmp_path):
@@ -586,11 +586,11 @@ def test_smoothing_follows_its_time_constant():
     sad, happy = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     for step in (0.1, 0.05):  # however often it is read
         track = Track(box_at(0, 0), 0.0)
-        track.read(sad, 0.0, 0.5)
+        track.smooth(sad, 0.0, 0.5)
         for i in range(1, round(0.5 / step) + 1):
-            track.read(happy, i * step, 0.5)
+            track.smooth(happy, i * step, 0.5)
         assert track.probs[0] == pytest.approx(math.exp(-1))
-    track.read(sad, 1.0, 0)
+    track.smooth(sad, 1.0, 0)
     assert track.probs.tolist() == sad.tolist()
 
 
@@ -598,7 +598,7 @@ def test_label_changes_only_when_another_emotion_clearly_leads():
     def labels(smooth):
         track, seen = Track(box_at(0, 0), 0.0), []
         for i in range(20):
-            track.read(np.array([0.5, 0.5]) + (0.04, -0.04) * np.array((-1) ** i), i / 10, smooth)
+            track.smooth(np.array([0.5, 0.5]) + (0.04, -0.04) * np.array((-1) ** i), i / 10, smooth)
             seen.append(track.emotion)
         return seen
 
@@ -655,31 +655,35 @@ def face_of(track, emotion="happy", prob=0.8):
     return {"track": track, "box": [10.0, 10.0, 60.0, 70.0], "emotion": emotion, "prob": prob, "probs": probs}
 
 
-def test_summary_counts_the_seconds_of_each_emotion():
+def test_summary_counts_the_seconds_of_each_emotion(capsys):
     summary = Summary(shared.EMOTIONS)
     for i in range(10):
         summary.add(
             frame_at(i / 10), [face_of(1, "happy" if i < 6 else "sad")] + [face_of(2, "angry")] * (i > 7)
         )
-    header, first, second = summary.rows()
-    assert header[:5] == ["track", "first", "last", "seconds", "emotion"]
-    assert first[:5] == [1, 0, 1, 1, "happy"]
-    assert dict(zip(header[5:], first[5:], strict=True)) == {
+    first, second = summary.tracks().to_dict("records")
+    assert first == {
+        "track": 1,
+        "first": 0,
+        "last": 1,
+        "seconds": 1,
+        "emotion": "happy",
         "share_angry": 0,
         "share_disgusted": 0,
         "share_happy": 0.6,
         "share_sad": 0.4,
         "share_surprised": 0,
     }
-    assert second[:5] == [2, 0.8, 1, 0.2, "angry"]
-    assert summary.text_line(Path("x.mp4")) == "x.mp4\t2 tracks, 1.0 s\thappy\t0.50"
+    assert list(second.values())[:5] == [2, 0.8, 1, 0.2, "angry"]
+    summary.print(Path("x.mp4"), as_json=False)
+    assert capsys.readouterr().out == "x.mp4\t2 tracks, 1.0 s\thappy\t0.50\n"
 
 
 def test_summary_keeps_means_when_its_bins_double():
     summary = Summary(shared.EMOTIONS)
     for i in range(10 * NUM_BINS):
         summary.add(frame_at(i / 10), [face_of(1, prob=0.9 if i < 5 * NUM_BINS else 0.3)])
-    ((times, means),) = summary._runs(summary.tracks[1].bins)
+    ((times, means),) = summary.runs(1)
     assert times[-1] == pytest.approx(NUM_BINS)
     assert len(times) <= NUM_BINS + 1
     assert means[times < NUM_BINS / 2 - 4, 2] == pytest.approx(0.9)
@@ -693,17 +697,18 @@ def test_summary_keeps_pictures_of_the_longest_tracks_only():
         for _ in range(1 + track % 7):
             summary.add(frame_at(number / 10), [face_of(track)])
             number += 1
-    kept = [track for track in summary.tracks.values() if track.bins is not None]
-    assert len(kept) == NUM_PICTURED
-    assert len(summary.rows()) == 3 * NUM_PICTURED
-    assert min(sum(track.seconds.values()) for track in kept[:-1]) >= 0.5
+    assert len(summary.pictures) == NUM_PICTURED
+    tracks = summary.tracks()
+    assert len(tracks) == 3 * NUM_PICTURED - 1
+    kept = tracks[tracks["track"].isin(list(summary.pictures)[:-1])]
+    assert kept["seconds"].min() >= 0.5
 
 
 def test_timeline_has_a_gap_where_the_face_was_away(tmp_path):
     summary = Summary(shared.EMOTIONS)
     for i in range(30):
         summary.add(frame_at(i / 10), [face_of(1)] * (i < 10 or i >= 20))
-    runs = [(times[0], times[-1]) for times, _ in summary._runs(summary.tracks[1].bins)]
+    runs = [(times[0], times[-1]) for times, _ in summary.runs(1)]
     np.testing.assert_allclose(runs, [(0, 1), (2, 3)], atol=0.01)
 
 

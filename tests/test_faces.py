@@ -1,6 +1,7 @@
 """The face finder beside facenet-pytorch's, and both networks' engines beside torch."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -100,8 +101,8 @@ def test_default_size_finds_the_small_faces_of_groups(real_data):
 
 def test_torch_finds_the_same_faces(faces, sample, monkeypatch, load_networks_anew):
     """Where the first two networks run in bfloat16, boxes of 200 pixels differ by one or two."""
-    compile_network = shared.openvino_infer
-    monkeypatch.setattr(shared, "openvino_infer", lambda *args: compile_network(*args[:-1], False))
+    engine = shared.Engine
+    monkeypatch.setattr(shared, "Engine", lambda *args, **how: engine(*args, **{**how, "fast": False}))
     in_float32 = shared.FaceFinder(min_face_size=20).find(sample)
     monkeypatch.setitem(sys.modules, "openvino", None)
     by_torch = shared.FaceFinder(min_face_size=20).find(sample)
@@ -173,11 +174,9 @@ def test_refine_takes_boxes_that_left_the_image(finder, sample):
 
 
 def test_predict_agrees_with_torch(faces, sample, monkeypatch, load_networks_anew):
-    device = torch.device("cpu")
-    by_openvino = shared.Classifier.load(shared.DEFAULT_MODEL, device)
-    probs = by_openvino.predict(sample, faces.boxes)
+    probs = shared.Classifier(shared.DEFAULT_MODEL, "cpu").predict(sample, faces.boxes)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    expected = shared.Classifier.load(shared.DEFAULT_MODEL, device).predict(sample, faces.boxes)
+    expected = shared.Classifier(shared.DEFAULT_MODEL, "cpu").predict(sample, faces.boxes)
     # Up to 0.03 of 2,479 faces where the CPU computes in bfloat16, else 1e-6.
     np.testing.assert_allclose(probs, expected, atol=0.05)
 
@@ -216,8 +215,11 @@ class Small(torch.nn.Module):
 
 def test_engine_runs_more_than_a_batch_and_none():
     torch.manual_seed(0)
-    like = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
-    engine = shared.Engine("small", Small, b"seed 0", like, torch.device("cpu"))
+    example = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
+    engine = shared.Engine(
+        "small", b"seed 0", lambda: shared.Source(Small(), example, {"name": "small"}), "cpu"
+    )
+    assert engine.notes["name"] == "small"
     crops = np.random.default_rng(0).integers(0, 256, (2 * shared.MAX_BATCH + 5, 24, 24, 3), np.uint8)
     shifts, probs = engine(crops)
     one_by_one = [engine(crop[None]) for crop in crops]
@@ -229,11 +231,11 @@ def test_engine_runs_more_than_a_batch_and_none():
 def test_cached_engines_answer_as_fresh_ones_without_converting(faces, sample, cache, monkeypatch):
     openvino = pytest.importorskip("openvino", reason=NO_OPENVINO)
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
-    fresh = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
+    fresh = shared.Classifier(shared.DEFAULT_MODEL, "cpu").predict(sample, faces.boxes)
     assert len(list(cache.iterdir())) == 4
     monkeypatch.delattr(openvino, "convert_model")
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
-    again = shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu")).predict(sample, faces.boxes)
+    again = shared.Classifier(shared.DEFAULT_MODEL, "cpu").predict(sample, faces.boxes)
     np.testing.assert_allclose(again, fresh, atol=1e-5)
 
 
@@ -242,7 +244,7 @@ def test_detection_with_cached_engines_loads_neither_torchvision_nor_telemetry(
     faces, sample, sample_photo, tmp_path
 ):
     pytest.importorskip("openvino", reason=NO_OPENVINO)
-    shared.Classifier.load(shared.DEFAULT_MODEL, torch.device("cpu"))
+    shared.Classifier(shared.DEFAULT_MODEL, "cpu")
     code = f"""
 import sys, detect_emotions
 detect_emotions.main([{str(sample_photo)!r}, "--out-dir", {str(tmp_path)!r}])
@@ -254,28 +256,43 @@ print(*(name for name in unwanted if sys.modules.get(name)), file=sys.stderr)
     assert run.stdout.count("\n") == 4
 
 
+@pytest.mark.parametrize("pattern", ["*.xml", "*.blob"])
 @pytest.mark.parametrize(
     "damage", [lambda blob: b"", lambda blob: blob[:-9], lambda blob: blob[:99] + b"x" * 9]
 )
-def test_damaged_cache_is_made_again(faces, sample, cache, damage):
+def test_damaged_cache_is_made_again(faces, sample, cache, pattern, damage):
     pytest.importorskip("openvino", reason=NO_OPENVINO)
     shared.FaceFinder(min_face_size=20)
-    contents = {path: path.read_bytes() for path in cache.iterdir()}
-    assert len(contents) == 3
-    for path, content in contents.items():
-        path.write_bytes(damage(content))
+    paths = list(cache.rglob(pattern))
+    assert len(paths) == 3
+    for path in paths:
+        path.chmod(0o644)
+        path.write_bytes(damage(path.read_bytes()))
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
-    assert all(shared.read_cache(path) for path in contents)
+    assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
 
 
-def test_cache_forgets_what_was_not_used_for_long(tmp_path):
-    old, used = tmp_path / "old.bin", tmp_path / "used.bin"
-    for path in (old, used):
-        shared.write_cache(path, b"compiled")
+def test_cache_forgets_its_own_that_were_not_used_for_long(cache):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
+    shared.FaceFinder(min_face_size=20)
+    [pnet] = cache.glob("pnet-*")
+    old, earlier, foreign = (
+        cache / "pnet-0123456789abcdef",
+        cache / "onet-0123456789abcdef.bin",
+        cache / "mine.bin",
+    )
+    old.mkdir()
+    for path in (old / "network.xml", earlier, foreign):
+        path.touch()
+    for path in (pnet, old, earlier, foreign):
         os.utime(path, (0, 0))
-    assert shared.read_cache(used) == b"compiled"
-    shared.write_cache(tmp_path / "new.bin", b"compiled")
-    assert {path.name for path in tmp_path.iterdir()} == {"new.bin", "used.bin"}
+    shared.FaceFinder(min_face_size=20)  # uses what is kept
+    shutil.rmtree(next(cache.glob("rnet-*")))
+    shared.FaceFinder(min_face_size=20)  # keeps one more
+    assert pnet.is_dir()
+    assert foreign.exists()
+    assert not old.exists()
+    assert not earlier.exists()
 
 
 def test_cache_that_cannot_be_written_is_no_error(faces, sample, cache):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import file_size_limit
+from conftest import file_size_limit, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, REAL_ARCHS
 
@@ -119,12 +119,12 @@ def test_load_images_cuts_the_middle_square(tmp_path):
 def test_load_images_names_a_file_that_is_no_image(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"b\.png is not a readable image"):
+    with pytest.raises(ValueError, match=r"b\.png is not an image that Pillow can read"):
         shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "L")
 
 
 def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
-    images, labels = shared.load_faces(fer_dir / "train", shared.EMOTIONS, limit=20)
+    images, labels, _ = shared.load_faces(fer_dir / "train", shared.EMOTIONS, limit=20)
     assert images.shape == (20, 1, 48, 48)
     assert torch.bincount(labels).tolist() == [4] * 5
     for image, label in zip(images, labels, strict=True):
@@ -241,20 +241,11 @@ def test_reliability_counts_by_confidence():
     assert shared.calibration_error(probs, torch.tensor([0, 1, 1]), bins=5) == pytest.approx(expected)
 
 
-def test_keep_classes_cuts_the_head_to_their_rows():
-    head = {"fc.weight": torch.arange(6.0).reshape(3, 2), "fc.bias": torch.arange(3.0)}
-    whole = {"classes": ["angry", "happy", "sad"], "model": {**head, "bn1.bias": torch.ones(1)}}
-    kept = shared.keep_classes(whole, ["angry", "sad"])
-    assert kept["classes"] == ["angry", "sad"]
-    assert kept["model"]["fc.weight"].tolist() == [[0, 1], [4, 5]]
-    assert kept["model"]["fc.bias"].tolist() == [0, 2]
-    assert kept["model"]["bn1.bias"].equal(torch.ones(1))
-
-
 def test_judge_agrees_with_hand_counts():
     labels = torch.tensor([0, 0, 0, 1])
     logits = torch.tensor([[2.0, 0], [2, 0], [0, 2], [0, 2]])
-    figures = shared.judge(logits, labels)
+    figures = shared.judge(logits, labels, 1.0, ("angry", "happy"))
+    assert (figures["n"], figures["recall"]) == (4, {"angry": pytest.approx(2 / 3), "happy": 1.0})
     assert figures["acc"] == pytest.approx(3 / 4)
     assert figures["mean_recall"] == pytest.approx((2 / 3 + 1) / 2)
     assert figures["ece"] == pytest.approx(abs(torch.tensor(2.0).sigmoid().item() - 3 / 4), abs=1e-6)
@@ -267,7 +258,8 @@ def test_fit_temperature_finds_the_scale_that_was_put_in():
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     assert shared.fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
     assert shared.fit_temperature(logits * 3, labels) == pytest.approx(3, abs=0.15)
-    assert shared.judge(logits * 3, labels, 3.0)["ece"] < 0.01 < shared.judge(logits * 3, labels)["ece"]
+    right, wrong = (shared.judge(logits * 3, labels, by, shared.EMOTIONS)["ece"] for by in (3.0, 1.0))
+    assert right < 0.01 < wrong
 
 
 # --- checkpoints ---
@@ -299,29 +291,54 @@ def test_load_checkpoint_refuses_with_one_line(tmp_path, gray_checkpoint):
 def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
     """A file size limit makes the write itself fail, as a full disk does."""
     path = tmp_path / "last.pt"
-    shared.save_checkpoint(path, {"stage": "fer", "model": {}})
+    write_checkpoint(path, shared.gray_resnet(ARCH, 2), ("happy", "sad"))
+    before = path.read_bytes()
     main = shared.one_line_errors(lambda _: shared.save_checkpoint(path, {"model": {"w": torch.ones(10**6)}}))
     with file_size_limit(1_000_000), pytest.raises(SystemExit) as stop:
         main()
-    assert f"could not write {path}" in stop.value.code
+    assert f"cannot write {path}" in stop.value.code
     assert "\n" not in stop.value.code
-    assert shared.load_checkpoint(path)["model"] == {}
+    assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_init_from_wants_every_weight_and_no_other():
-    net, other = shared.gray_resnet(ARCH, 5), shared.gray_resnet(ARCH, 5)
-    weights = other.state_dict()
-    shared.init_from(net, weights)
-    assert net.layer1[0].conv1.weight.equal(other.layer1[0].conv1.weight)
+def test_load_network_wants_every_weight_and_no_other():
+    net = shared.gray_resnet(ARCH, 5)
+    checkpoint = {"arch": ARCH, "classes": shared.EMOTIONS, "model": net.state_dict()}
+    loaded = shared.load_network(checkpoint)
+    assert all(value.equal(net.state_dict()[name]) for name, value in loaded.state_dict().items())
     for wrong in (
         shared.gray_resnet(ARCH, 0).state_dict(),
-        {**weights, "layer9.weight": torch.zeros(1)},
+        {**net.state_dict(), "layer9.weight": torch.zeros(1)},
         shared.gray_resnet("resnet18", 5).state_dict(),
         shared.gray_resnet(ARCH, 6).state_dict(),
     ):
-        with pytest.raises(ValueError, match="do not fit"):
-            shared.init_from(net, wrong)
+        with pytest.raises(ValueError, match="do not fit") as error:
+            shared.load_network({**checkpoint, "model": wrong})
+        assert "\n" not in str(error.value)
+
+
+def test_load_network_keeps_the_rows_of_classes_that_it_knows():
+    torch.manual_seed(0)
+    net = shared.gray_resnet(ARCH, 2)
+    checkpoint = {"arch": ARCH, "classes": ["angry", "happy"], "model": net.state_dict()}
+    wider = shared.load_network(checkpoint, ("angry", "disgusted", "happy")).fc
+    assert wider.weight[[0, 2]].equal(net.fc.weight)
+    assert wider.bias[[0, 2]].equal(net.fc.bias)
+    assert not torch.isin(wider.weight[1], net.fc.weight).any()
+    embedding = {"arch": ARCH, "classes": [], "model": shared.gray_resnet(ARCH, 0).state_dict()}
+    assert shared.load_network(embedding, ("angry", "happy")).fc.weight.shape == net.fc.weight.shape
+
+
+def test_the_best_checkpoint_keeps_the_rows_of_its_classes(tmp_path):
+    net = shared.gray_resnet(ARCH, 3)
+    run = shared.Run(tmp_path, "fer", ARCH, ("angry", "happy", "sad"), ("angry", "sad"), 32, 0.0, {})
+    run.save_best(net, [{"epoch": 1}])
+    best = shared.load_checkpoint(tmp_path / "best.pt")
+    assert best["classes"] == ["angry", "sad"]
+    assert best["model"]["fc.weight"].equal(net.fc.weight[[0, 2]].half().float())
+    assert best["model"]["fc.bias"].equal(net.fc.bias[[0, 2]])
+    assert best["model"]["bn1.bias"].equal(net.bn1.bias)
 
 
 # --- inference ---

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import NO_BROWSER, make_faces
+from conftest import NO_BROWSER, make_faces, write_checkpoint
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -38,7 +38,7 @@ def browser(tmp_path):
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(tmp_path, capsys):
     """A review of eight faces, all doubted, the first ones most; one was corrected before."""
     faces_dir = make_faces(tmp_path / "faces", 4, CLASSES)
     names = [f"{name}/{i:05}.png" for name in CLASSES for i in range(4)]
@@ -61,16 +61,15 @@ def page(tmp_path):
     wrong = torch.linspace(0.9, 0.6, 8)
     own = torch.nn.functional.one_hot(faces.labels, 2)
     probs = torch.where(own == 1, 1 - wrong[:, None], wrong[:, None])
-    number = finetune_emotion.write_review(
+    finetune_emotion.write_review(
         tmp_path / "run" / "review.html",
         faces,
         probs,
-        faces_dir=faces_dir,
-        classes=CLASSES,
+        CLASSES,
         corrections=corrections,
         corrections_path=tmp_path / "corrections.csv",
     )
-    assert number == 7
+    assert capsys.readouterr().out.startswith("7 of 8 labels look wrong; ")
     return tmp_path / "run" / "review.html"
 
 
@@ -144,9 +143,7 @@ def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys)
             folder.mkdir(parents=True, exist_ok=True)
             montage.crop((x, y, x + 480, y + 480)).save(folder / f"{i}.jpg")
     torch.manual_seed(0)
-    about = {"arch": ARCH, "classes": list(CLASSES), "image_size": 32, "crop_margin": 0.0, "config": {}}
-    save = shared.checkpoint_writer(tmp_path, stage="fer", **about)
-    save("fer", shared.gray_resnet(ARCH, 2), [{"epoch": 1, "val_acc": 0.5}])
+    write_checkpoint(tmp_path / "fer.pt", shared.gray_resnet(ARCH, 2), CLASSES)
     options = [
         "--data-dir",
         tmp_path / "photos",
