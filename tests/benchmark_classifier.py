@@ -39,14 +39,6 @@ def median_time(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def build_classifier(
-    net: torch.nn.Module, arch: str, image_size: int, device: torch.device
-) -> shared.Classifier:
-    """Make a classifier of a network as it is."""
-    about = {"arch": arch, "classes": shared.EMOTIONS, "image_size": image_size, "crop_margin": 0.0}
-    return shared.Classifier({**about, "model": net.state_dict(), "temperature": 1.0}, device)
-
-
 def main() -> None:
     """Print a line for each setting, then JSON."""
     parser = argparse.ArgumentParser(
@@ -58,7 +50,7 @@ def main() -> None:
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[48, 64, 96, 112])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
-    shared.add_device_option(parser)
+    shared.add_options(parser, device="auto")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = shared.pick_device(args.device)
@@ -69,7 +61,9 @@ def main() -> None:
     for arch in args.archs:
         for size in args.image_sizes:
             net = shared.gray_resnet(arch, len(shared.EMOTIONS))
-            classifier = build_classifier(net, arch, size, device)
+            run = shared.Run(Path(cache.name), "fer", arch, shared.EMOTIONS, shared.EMOTIONS, size, 0.0, {})
+            run.save_best(net, [{"epoch": 1}])
+            classifier = shared.Classifier(Path(cache.name) / "best.pt", device)
             seconds = median_time(partial(classifier.predict_crops, faces), args.repeats)
             net = net.to(device, memory_format=torch.channels_last)
             batch = torch.rand(64, 1, size, size, device=device), torch.arange(64, device=device) % 5

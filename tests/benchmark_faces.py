@@ -69,14 +69,14 @@ def original_way(path: Path, mtcnn: MTCNN, network: torch.nn.Module) -> list[int
 
 def our_way(path: Path, finder: shared.FaceFinder, classifier: shared.Classifier) -> np.ndarray:
     """Do the same with this project."""
-    image = shared.load_photo(path)
+    image = shared.open_picture(path)
     return classifier.predict(image, finder.find(image).boxes)
 
 
 def images_of(photos: Path, videos: Path) -> Iterator[Image.Image]:
     """Give all photos, and NUM_FRAMES frames evenly spread over the videos."""
     for path in sorted(photos.glob("*.[jp][pn]g")):
-        yield shared.load_photo(path)
+        yield shared.open_picture(path)
     clips = sorted(videos.glob("*.mp4"))
     if not clips:
         return
@@ -138,12 +138,12 @@ def main() -> None:
     network = torchvision.models.resnet50(weights=None).eval()
     network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
     finder, by_default = shared.FaceFinder(cpu, MIN_FACE_SIZE), shared.FaceFinder(cpu)
-    classifier = shared.Classifier.load(shared.DEFAULT_MODEL, cpu)
+    classifier = shared.Classifier(shared.DEFAULT_MODEL, cpu)
     by_torch = shared.load_network(shared.load_checkpoint(shared.DEFAULT_MODEL)).eval()
 
     paths = [ROOT / "resources" / "sample.jpg", *(args.photos / name for name in PHOTOS)]
     for path in filter(Path.exists, paths):
-        image = shared.load_photo(path)
+        image = shared.open_picture(path)
         sides = {
             "mtcnn": lambda image=image: mtcnn.detect(image),
             "ours": lambda image=image: finder.find(image),
@@ -162,7 +162,7 @@ def main() -> None:
         before, after, ratio = timing["original"], timing["ours"], timing["ratio"]
         print(f"pipeline {path.name}: {before:.0f} -> {after:.0f} ms, {ratio:.2f} times")
 
-    sample = shared.load_photo(paths[0])
+    sample = shared.open_picture(paths[0])
     box = finder.find(sample).boxes[:1]
     report["refine one face, ms"] = take_turns({"ours": lambda: finder.refine(sample, box)}, 9)["ours"]
     print(f"refine one face: {report['refine one face, ms']:.2f} ms")

@@ -78,15 +78,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--model", type=Path, default=shared.DEFAULT_MODEL)
     parser.add_argument("--limit", type=int, default=1000, help="faces of the sample")
-    shared.add_device_option(parser)
+    shared.add_options(parser, device="auto")
     return parser.parse_args()
 
 
 def main() -> None:
     """Print a table of accuracies, and as the last line JSON."""
     args = parse_args()
-    classifier = shared.Classifier.load(args.model, shared.pick_device(args.device))
-    images, labels = shared.load_faces(args.data_dir / args.split, classifier.classes, args.limit)
+    classifier = shared.Classifier(args.model, shared.pick_device(args.device))
+    images, labels, _ = shared.load_faces(args.data_dir / args.split, classifier.classes, args.limit)
     accuracies = {}
     for name, harm in HARMS.items():
         crops = [Image.fromarray(harm(image[0].numpy())) for image in images]

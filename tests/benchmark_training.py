@@ -11,6 +11,7 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,18 +42,17 @@ def time_bare_steps(
 
 
 def time_whole_loop(net: torch.nn.Module, data: shared.FaceBatches) -> float:
-    """Train an epoch with the loop of the stages, validation and saving left out; return images/s."""
-    [record] = shared.fit(
-        net,
-        F.cross_entropy,
-        data,
-        lambda net: {"val_acc": 0.0},
-        score=lambda record: record["val_acc"],
-        save=lambda *args, **state: None,
-        epochs=1,
-        lr=3e-4,
-        weight_decay=0.05,
-    )
+    """Train an epoch with the loop of the stages; return images/s, without validation and saving."""
+    with tempfile.TemporaryDirectory() as folder:
+        [record] = shared.fit(
+            net,
+            F.cross_entropy,
+            data,
+            lambda net: {"val_acc": 0.0},
+            score=lambda record: record["val_acc"],
+            run=shared.Run(Path(folder), "fer", "", (), (), data.image_size, 0.0, {}),
+            schedule=shared.Schedule(epochs=1, lr=3e-4, weight_decay=0.05),
+        )
     return record["images_per_s"]
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=5)
-    shared.add_device_option(parser)
+    shared.add_options(parser, device="auto")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = shared.pick_device(args.device)
