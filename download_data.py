@@ -51,7 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qs, parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -71,12 +71,8 @@ if TYPE_CHECKING:
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
 COMMONS = "https://commons.wikimedia.org/w/api.php"
-COMMONS_FIELDS = dict(
-    parse_qsl(
-        "action=query&format=json&formatversion=2&generator=search&gsrnamespace=6"
-        "&prop=imageinfo&iiprop=url|extmetadata&iiextmetadatafilter=LicenseShortName"
-    )
-)
+COMMONS_SEARCH = "action=query&format=json&formatversion=2&generator=search&gsrnamespace=6"
+COMMONS_SEARCH += "&prop=imageinfo&iiprop=url|extmetadata&iiextmetadatafilter=LicenseShortName"
 ENGINES = ("google", "openverse", "commons", "duckduckgo", "bing", "urls")
 
 SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet transform resizes to
@@ -95,19 +91,9 @@ API_PAGE = 20  # results a request; Openverse allows no more without a key
 
 UNREACHABLE, REMOVED = "unreachable", "removed"
 # Why a picture is not kept, in the order of the table. Only what was unreachable is tried again.
-REASONS = (
-    UNREACHABLE,
-    "http error",
-    "not allowed",
-    "too big",
-    "no image",
-    "too small",
-    "changed",
-    "no face",
-    "several faces",
-    "copy",
-    "two labels",
-)
+REASONS = (UNREACHABLE, "http error", "not allowed", "too big", "no image", "too small")
+REASONS += ("changed", "no face", "several faces", "copy", "two labels")
+FOUND = ("url", "page", "title", "license", "is_thumbnail")  # what the journal keeps of each Result
 
 
 class Query(NamedTuple):
@@ -163,20 +149,20 @@ def parse_http_url(url: str) -> Url:
     return parts
 
 
-def connect(host: str, port: int, end: float, allow_private: bool) -> socket.socket:
-    """Connect to the first address of a host that answers, until `end` by time.monotonic().
+def connect(host: str, port: int, timeout_s: float, allow_private: bool) -> socket.socket:
+    """Connect to the first address of a host that answers, each in an equal share of the time.
 
     The name is resolved once, and the very address that was checked is connected to, so a name server cannot
     change its mind in between. Raises Refusal for private addresses, OSError where none answers.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    *others, last = dict.fromkeys(info[4][0] for info in found)
-    if not allow_private and not all(map(is_public, [*others, last])):
+    *others, last = addresses = list(dict.fromkeys(info[4][0] for info in found))
+    if not allow_private and not all(map(is_public, addresses)):
         raise Refusal("not allowed", f"{host} is at a private address; --allow-private permits that")
     for address in others:
         with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), max(end - time.monotonic(), 0))
-    return socket.create_connection((last, port), max(end - time.monotonic(), 0))
+            return socket.create_connection((address, port), timeout_s / len(addresses))
+    return socket.create_connection((last, port), timeout_s / len(addresses))
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -247,14 +233,14 @@ class Downloader:
         from ssl import SSLCertVerificationError
 
         from urllib3.connection import HTTPConnection, HTTPException
-        from urllib3.exceptions import HTTPError, ProtocolError
+        from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
 
         host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
         with self._slots.setdefault(host, threading.Semaphore(PER_HOST)):
             end = time.monotonic() + self.timeout_s
             try:
                 with contextlib.closing(HTTPConnection(host, port, timeout=self.timeout_s)) as client:
-                    client.sock = connect(host, port, end, self.allow_private)
+                    client.sock = connect(host, port, self.timeout_s, self.allow_private)
                     if url.scheme == "https":
                         client.sock = self._tls.wrap_socket(
                             client.sock, server_hostname=host, do_handshake_on_connect=False
@@ -267,6 +253,8 @@ class Downloader:
                         return read_answer(client.getresponse())
             except SSLCertVerificationError as error:
                 raise Refusal("not allowed", f"TLS certificate: {error.verify_message}") from None
+            except DecodeError:
+                raise Refusal("no image", "not encoded as it says") from None
             except ProtocolError:
                 raise Refusal(UNREACHABLE, "the connection broke off") from None
             except (OSError, HTTPException, HTTPError, UnicodeError) as error:
@@ -309,11 +297,6 @@ def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
 
 # --- pictures ---
 
-UNREADABLE = {  # by the reason of a PictureError
-    "unknown format": ("no image", "an unknown format"),
-    "too large": ("too big", f"more than {MAX_PIXELS / 1e6:g} million pixels"),
-    "damaged": ("no image", "damaged"),
-}
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # others are named like their format
 
 
@@ -325,9 +308,12 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
     try:
         photo = shared.open_picture(path, max_pixels=MAX_PIXELS)
     except shared.PictureError as error:
-        if error.reason == "unknown format" and path.read_bytes()[:500].lstrip().startswith(b"<"):
-            raise Refusal("no image", "a web page") from None
-        raise Refusal(*UNREADABLE[error.reason]) from None
+        if error.reason == "too large":
+            raise Refusal("too big", f"more than {MAX_PIXELS / 1e6:g} million pixels") from None
+        if error.reason == "damaged":
+            raise Refusal("no image", "damaged") from None
+        is_page = path.read_bytes()[:500].lstrip().startswith(b"<")
+        raise Refusal("no image", "a web page" if is_page else "an unknown format") from None
     if min(photo.size) < MIN_SIDE:
         raise Refusal("too small", f"{photo.width}x{photo.height} pixels")
     return photo, EXTENSIONS.get(photo.format, f".{photo.format.lower()}")
@@ -491,23 +477,18 @@ class DataSet:
         return path
 
     def refuse_known(self, url: str, label: str) -> None:
-        """Raise the Refusal of a URL that was settled before, under whatever label; return if it was not."""
-        record = self.by_url.get(url)
-        if not record:
-            return
-        originals = (kept for kept in self.kept() if kept["sha256"] == record.get("copy_of"))
-        original = record if record["status"] == "kept" else next(originals, None)
-        if original:
-            refuse_copy(original, label)
+        """Raise the Refusal of a URL that was settled before, under whatever label."""
+        record = self.by_url[url]
+        sha256 = record.get("sha256") or record.get("copy_of")
+        for original in self.kept():
+            if original["sha256"] == sha256:
+                refuse_copy(original, label)
         raise Refusal(record["reason"], record["detail"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
         """Write down what became of a result: the fields of a kept picture, or why it is refused."""
-        record = {"status": "kept"}
-        record |= {name: search[name] for name in ("label", "query", "engine")}
-        record |= {
-            name: getattr(result, name) for name in ("url", "page", "title", "license", "is_thumbnail")
-        }
+        record = {"status": "kept"} | {name: search[name] for name in ("label", "query", "engine")}
+        record |= {name: getattr(result, name) for name in FOUND}
         if isinstance(outcome, Refusal):
             if outcome.reason == REMOVED:
                 self.forget({result.url}, [])
@@ -526,8 +507,9 @@ class DataSet:
         Raises ValueError if nothing, or more than one picture, goes by that name.
         """
         outcomes = list(self.outcomes.values())
-        sha = sha_or_url if re.fullmatch(r"[0-9a-f]{12,64}", sha_or_url) else "no such"
-        same = [r for r in outcomes if r["url"] == sha_or_url or r.get("sha256", "").startswith(sha)]
+        is_sha = bool(re.fullmatch(r"[0-9a-f]{12,64}", sha_or_url))
+        same = [r for r in outcomes if is_sha and r.get("sha256", "").startswith(sha_or_url)]
+        same += [r for r in outcomes if r["url"] == sha_or_url]
         shas = {r.get("sha256") or r.get("copy_of") for r in same} - {None}
         found = {fields["url"] for search in self.searches.values() for fields in search["results"]}
         urls = {sha_or_url} & found
@@ -612,7 +594,8 @@ def collect(
     try:
         for result in results:
             try:
-                dataset.refuse_known(result.url, search["label"])
+                if result.url in dataset.by_url:
+                    dataset.refuse_known(result.url, search["label"])
                 path = futures[result.url].result()
                 outcome = examine(path, search["label"], result, dataset, find_face)
             except Refusal as refusal:
@@ -666,9 +649,7 @@ LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
   thumbnail: tile.querySelector('img')?.src || '',
   title: tile.querySelector('img')?.alt || '',
 }})), (window.keptBodies || []).splice(0)]"""
-IS_VISIBLE = (
-    "return [...document.querySelectorAll(arguments[0])].some((element) => element.checkVisibility())"
-)
+IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
 CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
 (tile?.querySelector('a, img') || tile)?.click()"""
 
@@ -706,17 +687,11 @@ def parse_records(text: str) -> dict[str, Result]:
     for match in RECORD_START.finditer(text):
         with contextlib.suppress(ValueError, IndexError, TypeError, AttributeError):  # of another shape
             record, _ = json.JSONDecoder().raw_decode(text, match.start())
-            origins = [part["2003"][2:4] for part in record if isinstance(part, dict) and "2003" in part]
-            page, title = origins[0] if origins else ("", "")
+            origins = [part["2003"] for part in record if isinstance(part, dict) and part.get("2003")]
+            page, title = origins[0][2:4] if origins else ("", "")
             if record[3][0].startswith("http"):
                 records[match[1]] = Result(to_text(record[3][0]), to_text(page), to_text(title))
     return records
-
-
-def parse_imgres(link: str) -> Result | None:
-    """Read the original's address out of a link /imgres?imgurl=...&imgrefurl=..."""
-    fields = {name: values[0] for name, values in parse_qs(urlsplit(link).query).items()}
-    return Result(fields["imgurl"], fields.get("imgrefurl", "")) if "imgurl" in fields else None
 
 
 @contextlib.contextmanager
@@ -863,8 +838,9 @@ class Google:
         if docid in self.records:
             return self.records[docid]
         tile = self.tiles[docid]
-        if original := parse_imgres(tile["link"]):
-            return original._replace(title=tile["title"])
+        fields = dict(parse_qsl(urlsplit(tile["link"]).query))  # /imgres?imgurl=...&imgrefurl=...
+        if "imgurl" in fields:
+            return Result(fields["imgurl"], fields.get("imgrefurl", ""), tile["title"])
         if tile["thumbnail"].startswith("http"):
             return Result(tile["thumbnail"], tile["page"], tile["title"], is_thumbnail=True)
         return None
@@ -899,10 +875,10 @@ def search_openverse(text: str, ask: Ask) -> Iterator[Result]:
 
 def search_commons(text: str, ask: Ask) -> Iterator[Result]:
     """Search Wikimedia Commons. Source: https://www.mediawiki.org/wiki/API:Search and API:Imageinfo."""
-    fields = {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
+    fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
     go_on = {}
     while go_on is not None:
-        answer = ask(COMMONS, {**COMMONS_FIELDS, **fields, **go_on})
+        answer = ask(COMMONS, fields | go_on)
         pages = answer.get("query", {}).get("pages", [])
         for page in sorted(pages, key=lambda page: page["index"]):  # by relevance
             info = page["imageinfo"][0]
@@ -1000,18 +976,18 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
 def open_engine(
     name: str,
     downloader: Downloader,
-    *,
     delay_s: float,
+    *,
+    listed: dict[tuple[str, str], list[Result]],
     filters: dict[str, str],
     profile: Path | None,
     headful: bool,
-    listed: dict[tuple[str, str], list[Result]],
 ) -> Iterator[Callable[[Query], list[Result]]]:
     """Give the function that searches with one of ENGINES; it waits for its turn by itself.
 
     Args:
-        filters: with `profile` and `headful`, for Google.
         listed: what `read_list` returns, for urls.
+        filters: and what follows, for Google.
     """
     rate_limit = RateLimit(delay_s)
     if name == "google":
@@ -1225,26 +1201,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
         find_face = functools.partial(find_single_face, finder, args.min_face_size)
     downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
-    start_engine = functools.partial(
-        open_engine,
-        args.engine,
-        downloader,
-        delay_s=args.delay,
-        filters={"type": args.kind, **dict(args.filter or [])},
-        profile=args.profile,
-        headful=args.headful,
-        listed=listed,
-    )
+    filters = {"type": args.kind, **dict(args.filter or [])}
     with contextlib.ExitStack() as stack:
         stack.callback(print_report, dataset, list(dict.fromkeys(query.label for query in queries)))
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         stack.callback(downloader.close)
         fetch = functools.partial(pool.submit, dataset.fetch, downloader)
+        start_engine = functools.partial(open_engine, args.engine, downloader, args.delay, listed=listed)
         engine = None
         for query in tqdm(queries, "searching", unit="query", disable=None):
             search = dataset.find_search(args.engine, query)
             if not search or is_list:  # a list may have changed, and is read in no time
-                engine = engine or stack.enter_context(start_engine())
+                engine = engine or stack.enter_context(
+                    start_engine(filters=filters, profile=args.profile, headful=args.headful)
+                )
                 search = dataset.note_search(args.engine, query, engine(query))
             collect(search, dataset, fetch, find_face)
 

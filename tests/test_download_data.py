@@ -1,6 +1,8 @@
 """download_data.py against web servers on this machine: a real Chromium, real sockets, real faces."""
 
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from image_server import (
     serve_pictures,
 )
 from PIL import Image
+from urllib3 import HTTPResponse
 
 import download_data
 
@@ -303,6 +307,8 @@ OUTCOMES = {
     "/truncated.jpg": ("rejected", "no image", "damaged"),
     "/broken-off.jpg": ("failed", "unreachable", "the connection broke off"),
     "/bomb.png": ("rejected", "too big", "more than 50 million pixels"),
+    "/gzip-bomb.jpg": ("rejected", "too big", "more than 20 MB"),
+    "/no-gzip.jpg": ("rejected", "no image", "not encoded as it says"),
     "/pixel.gif": ("rejected", "too small", "1x1 pixels"),
     "/script.eps": ("rejected", "no image", "an unknown format"),
     "/missing.jpg": ("rejected", "http error", "HTTP 404"),
@@ -407,6 +413,51 @@ def test_tls_certificates_are_checked(out_dir, tmp_path, monkeypatch):
     assert [record["url"] for record in records(trusting, "kept")] == [right]
     assert [r["url"] for r in records(trusting, "rejected")] == [wrong]
     assert "IP address mismatch" in records(trusting, "rejected")[0]["detail"]
+
+
+@pytest.mark.parametrize(("name", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_an_answer_is_decoded_as_it_was_asked_for(name, encode, out_dir, tmp_path):
+    asked = []
+
+    def answer(handler):
+        asked.extend(handler.headers["Accept-Encoding"].split(","))
+        handler.answer(encode(picture(1)), "image/jpeg", Content_Encoding=name)
+
+    with serve(answer) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/photo"))))
+    assert name in asked
+    assert set(asked) <= set(HTTPResponse.CONTENT_DECODERS)  # nothing that could not be decoded
+    [record] = records(out_dir, "kept")
+    assert record["sha256"] == hashlib.sha256(picture(1)).hexdigest()
+
+
+def test_a_redirect_is_followed(pictures, out_dir, tmp_path):
+    with serve(lambda handler: handler.redirect(pictures.url("/photo?n=1"))) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/moved"))))
+    [record] = records(out_dir, "kept")
+    assert record["url"] == server.url("/moved")
+    assert pictures.hits == {"/photo?n=1": 1}
+
+
+def test_another_address_is_tried_where_the_first_does_not_answer(pictures, out_dir, tmp_path, monkeypatch):
+    lookup, dial, dialled = socket.getaddrinfo, socket.create_connection, []
+    entries = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
+
+    def find(host, *rest, **more):
+        return entries if host == "several.example" else lookup(host, *rest, **more)
+
+    def refuse_first(address, timeout):
+        dialled.append(address[0])
+        if len(dialled) == 1:
+            raise ConnectionRefusedError("refused")
+        return dial(address, timeout)
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    monkeypatch.setattr(socket, "create_connection", refuse_first)
+    url = pictures.url("/photo?n=1", host="several.example")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", url)))
+    assert [record["url"] for record in records(out_dir, "kept")] == [url]
+    assert dialled == ["127.0.0.2", "127.0.0.1"]
 
 
 def test_what_may_be_passing_is_tried_again(out_dir, tmp_path, monkeypatch):
@@ -617,7 +668,7 @@ def test_a_killed_run_goes_on_without_a_second_download(start, out_dir, tmp_path
 
 
 def has_arrived(out_dir, url):
-    """Tell whether a download is on the disk or settled."""
+    """Return whether a download is on the disk or settled."""
     settled = {record["url"] for record in records(out_dir, "kept")} if out_dir.exists() else set()
     return url in settled or (out_dir / ".incoming" / download_data.url_digest(url)).exists()
 
@@ -628,7 +679,9 @@ def test_a_run_killed_between_record_and_file_is_repaired(pictures, out_dir, tmp
     [record] = records(out_dir, "kept")
     (out_dir / record["file"]).unlink()
     (out_dir / ".incoming" / download_data.url_digest(record["url"])).write_bytes(picture(1))
+    (out_dir / ".incoming" / ".emotion-0123456789abcdef.tmp").write_bytes(picture(2)[:500])
     imagenet(out_dir, *listed)
+    assert not list((out_dir / ".incoming").iterdir())
     assert files(out_dir) == [record["file"]]
     assert pictures.hits == {"/photo?n=1": 1}
 
