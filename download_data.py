@@ -230,9 +230,10 @@ class Downloader:
 
     def _exchange(self, url: Url) -> tuple[bytes, str]:
         """Make one request; return the body, or where it is redirected to."""
+        from http.client import HTTPException
         from ssl import SSLCertVerificationError
 
-        from urllib3.connection import HTTPConnection, HTTPException
+        from urllib3.connection import HTTPConnection
         from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
 
         host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
@@ -440,11 +441,6 @@ class DataSet:
         """Return the records of what is kept, of one label or all."""
         kept = [record for record in self.outcomes.values() if record["status"] == "kept"]
         return [record for record in kept if label in (None, record["label"])]
-
-    def find_search(self, engine: str, query: Query) -> dict | None:
-        """Return the record of a search that was made before and asked for as many results, or None."""
-        record = self.searches.get((engine, query.label, query.text))
-        return record if record and record["asked"] >= query.limit else None
 
     def note_search(self, engine: str, query: Query, results: Iterable[Result]) -> dict:
         """Write down what a search brought, beside what it did before, and without what is to stay away."""
@@ -769,7 +765,10 @@ class Google:
         if self._reach_results() == "empty":
             return []
         self.records, self.tiles = parse_records(self.driver.page_source), {}
-        self._scroll(query.limit)
+        while (count := self._look()) < query.limit:
+            self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+            if not wait_until(lambda count=count: self._look() > count, GROW_WAIT_S):
+                break  # the page has no more
         found = map(self._resolve, self.tiles | self.records)  # in the page's order
         return list(itertools.islice(filter(None, found), query.limit))
 
@@ -817,13 +816,6 @@ class Google:
         for body in bodies:
             self.records |= parse_records(body)
         return len(self.tiles | self.records)
-
-    def _scroll(self, limit: int) -> None:
-        """Scroll until the page shows `limit` results, or no more."""
-        while (count := self._look()) < limit:
-            self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-            if not wait_until(lambda count=count: self._look() > count, GROW_WAIT_S):
-                break
 
     def _resolve(self, docid: str) -> Result | None:
         """Get a result from its record, else its link, after a click if need be, else its thumbnail."""
@@ -983,7 +975,7 @@ def open_engine(
     profile: Path | None,
     headful: bool,
 ) -> Iterator[Callable[[Query], list[Result]]]:
-    """Give the function that searches with one of ENGINES; it waits for its turn by itself.
+    """Yield the function that searches with one of ENGINES; it waits for its turn by itself.
 
     Args:
         listed: what `read_list` returns, for urls.
@@ -1123,31 +1115,27 @@ def parse_filter(text: str) -> tuple[str, str]:
 
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
     """Add what both data sets understand, with a set's own defaults."""
-    add = parser.add_argument
+    add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
+    limit_help = f"results to look at for each query; without it {limit}, and all of a list"
+    filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
+    filter_help += f"without it type={kind}"
+    delay_help = "seconds between two requests to a search engine"
+    workers_help = f"downloads at a time, {PER_HOST} from one host"
     shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
     add("--labels", nargs="+", metavar="LABEL", help="download only these; without it all there are")
-    limit_help = f"results to look at for each query; without it {limit}, and all of a list"
-    add("--limit", type=shared.number(int, 1), metavar="N", help=limit_help)
-    filter_help = f"Google's filters: {', '.join(FILTERS)}; values as in google_images_download; "
-    filter_help += f"without it type={kind}"
+    add("--limit", type=positive, metavar="N", help=limit_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
-    delay_help = "seconds between two requests to a search engine"
     add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
-    workers_help = f"downloads at a time, {PER_HOST} from one host"
-    add("--workers", type=shared.number(int, 1), default=8, metavar="N", help=workers_help)
-    timeout_help = "seconds that a download may take"
-    add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help=timeout_help)
-    retries_help = "further tries when a server does not answer"
-    add("--retries", type=shared.number(int, 0), default=2, metavar="N", help=retries_help)
+    add("--workers", type=positive, default=8, metavar="N", help=workers_help)
+    add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help="seconds for a download")
+    add("--retries", type=natural, default=2, metavar="N", help="further tries if a server does not answer")
     add("--allow-private", action="store_true", help="download from private and local addresses too")
-    contact_help = "mail address or page of yours that servers are told, as Wikimedia asks for"
-    add("--contact", metavar="TEXT", help=contact_help)
+    add("--contact", metavar="TEXT", help="your mail address or page, for servers; Wikimedia asks for it")
     add("--headful", action="store_true", help="show the browser, so that a captcha can be solved in it")
     add("--profile", type=Path, metavar="DIR", help="keep the browser's cookies there; without it nowhere")
-    remove_help = "download nothing; take a picture and its copies out of --out-dir for good"
-    add("--remove", metavar="SHA_OR_URL", help=remove_help)
+    add("--remove", metavar="SHA_OR_URL", help="only take a picture and its copies out of --out-dir for good")
     parser.set_defaults(default_limit=limit, kind=kind)
 
 
@@ -1155,21 +1143,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
     sets = parser.add_subparsers(dest="set", required=True, metavar="{emotions,imagenet}")
-    imagenet_help = "a few photos for each of the 1000 ImageNet classes"
-    imagenet = sets.add_parser("imagenet", help=imagenet_help, formatter_class=shared.HelpFormatter)
+    add_set = functools.partial(sets.add_parser, formatter_class=shared.HelpFormatter)
+    imagenet = add_set("imagenet", help="a few photos for each of the 1000 ImageNet classes")
     add_common_options(imagenet, out_dir="data/imagenet", limit=5, kind="photo")
     imagenet.set_defaults(synonym_limit=0)
-    emotions_help = "photos of emotions with one face each"
-    emotions = sets.add_parser("emotions", help=emotions_help, formatter_class=shared.HelpFormatter)
+    emotions = add_set("emotions", help="photos of emotions with one face each")
     add_common_options(emotions, out_dir="data/google", limit=100, kind="face")
-    add = emotions.add_argument
+    add, natural = emotions.add_argument, shared.number(int, 0)
     file_help = "JSON object, label: [main query, synonyms...]"
-    add("--emotions-file", type=Path, default=EMOTION_QUERIES, metavar="FILE", help=file_help)
     synonym_help = "results to look at for each synonym, 0 for none"
-    add("--synonym-limit", type=shared.number(int, 0), default=30, metavar="N", help=synonym_help)
     size_help = "longer side of the smallest face that counts, pixels"
-    add("--min-face-size", type=shared.number(int, 20), default=64, metavar="PX", help=size_help)
     prob_help = "how sure the detector must be of a face, 0-1"
+    add("--emotions-file", type=Path, default=EMOTION_QUERIES, metavar="FILE", help=file_help)
+    add("--synonym-limit", type=natural, default=30, metavar="N", help=synonym_help)
+    add("--min-face-size", type=shared.number(int, 20), default=64, metavar="PX", help=size_help)
     add("--min-face-prob", type=shared.number(float, 0, 1), default=0.95, metavar="X", help=prob_help)
     shared.add_options(emotions, device="auto")
     args = parser.parse_args(argv)
@@ -1210,8 +1197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_engine = functools.partial(open_engine, args.engine, downloader, args.delay, listed=listed)
         engine = None
         for query in tqdm(queries, "searching", unit="query", disable=None):
-            search = dataset.find_search(args.engine, query)
-            if not search or is_list:  # a list may have changed, and is read in no time
+            search = dataset.searches.get((args.engine, query.label, query.text))
+            # A list may have changed, and is read in no time.
+            if is_list or not search or search["asked"] < query.limit:
                 engine = engine or stack.enter_context(
                     start_engine(filters=filters, profile=args.profile, headful=args.headful)
                 )

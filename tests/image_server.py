@@ -3,10 +3,10 @@
 `FakeGoogle` imitates how Google's result page behaves towards a browser, written from a description of it:
 results as JSON in the page, further ones by XHR and fetch on scrolling, links that are there or come only
 with a click, the consent page, the captcha, the JavaScript wall. Served with TLS, it stands in for
-www.google.com where a Chromium is told to connect here instead (`chromium_script`).
+www.google.com where a Chromium is led here instead (`chromium_script`).
 
 image_server.pem is a self-signed certificate for localhost and *.google.com with its key, for these tests
-alone: no browser or library trusts it unless told to.
+alone: no browser or library trusts it by itself.
 """
 
 import contextlib

@@ -101,7 +101,7 @@ def files(out_dir):
 
 
 def running(folder):
-    """List the command lines of the processes that were told of a folder of this test."""
+    """List the command lines of the processes that were given a folder of this test."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -631,7 +631,7 @@ def test_the_table_counts_what_was_asked_found_kept_and_rejected(out_dir, tmp_pa
 # --- the manifest ---
 
 
-def test_a_manifest_tells_where_a_picture_is_from(pictures, out_dir, tmp_path):
+def test_a_manifest_names_where_a_picture_is_from(pictures, out_dir, tmp_path):
     imagenet(out_dir, *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1"))))
     [record] = records(out_dir, "kept")
     assert record.keys() == {
