@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from image_server import FakeGoogle, chromium_script, picture, serve
 
 import download_data
+import model as shared
 
 
 def main() -> None:
     """Download, and print the rate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--queries", type=int, default=20, help="searches (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=20, help="pictures a search (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser.add_argument("--queries", type=int, default=20, metavar="N", help="searches")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="pictures a search")
     args = parser.parse_args()
     labels = list(download_data.read_imagenet_labels())[: args.queries]
     made = {}  # pictures by path, made before the clock starts
@@ -45,11 +44,11 @@ def main() -> None:
             began = time.perf_counter()
             options = ["--out-dir", f"{folder}/set", "--allow-private", "--delay", "0"]
             download_data.main(["imagenet", *options, "--limit", str(args.limit), "--labels", *labels])
-            seconds = time.perf_counter() - began
+            time_s = time.perf_counter() - began
     assert sum(pictures.hits.values()) == args.queries * args.limit
     print(
-        f"{args.queries} queries of {args.limit} pictures in {seconds:.1f} s, start of the browser and "
-        f"contact sheets included: {args.queries / seconds * 60:.1f} queries a minute"
+        f"{args.queries} queries of {args.limit} pictures in {time_s:.1f} s, start of the browser and "
+        f"contact sheets included: {args.queries / time_s * 60:.1f} queries a minute"
     )
 
 

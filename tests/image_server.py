@@ -3,13 +3,14 @@
 `FakeGoogle` imitates how Google's result page behaves towards a browser, written from a description of it:
 results as JSON in the page, further ones by XHR and fetch on scrolling, links that are there or come only
 with a click, the consent page, the captcha, the JavaScript wall. Served with TLS, it stands in for
-www.google.com where a Chromium is told to connect here instead (`chromium_script`).
+www.google.com where a Chromium is led here instead (`chromium_script`).
 
 image_server.pem is a self-signed certificate for localhost and *.google.com with its key, for these tests
-alone: no browser or library trusts it unless told to.
+alone: no browser or library trusts it by itself.
 """
 
 import contextlib
+import gzip
 import io
 import json
 import ssl
@@ -31,7 +32,7 @@ CERTIFICATE_HASH = "ULDusrqY1BeRSNGD4TJEzr0jemOejJyMW3Vxke7nWpA="
 
 
 def picture(seed: int | list[int], size: tuple[int, int] = (160, 120), form: str = "JPEG") -> bytes:
-    """Make a picture like no other: smooth noise, so that even perceptual hashes differ."""
+    """Return a picture like no other: smooth noise, so that even perceptual hashes differ."""
     noise = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(file, form)
@@ -139,13 +140,14 @@ def send_dripping_header(handler: Handler) -> None:
 
 
 def make_bomb() -> bytes:
-    """Make a small PNG file of 196 million pixels."""
+    """Return a small PNG file of 196 million pixels."""
     file = io.BytesIO()
     Image.new("1", (14000, 14000)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 BOMB = make_bomb()  # once: it takes a while
+GZIP_BOMB = gzip.compress(bytes(100_000_000), compresslevel=1)
 
 
 HOSTILE: dict[str, Callable[[Handler], None]] = {
@@ -163,6 +165,8 @@ HOSTILE: dict[str, Callable[[Handler], None]] = {
     "/truncated.jpg": lambda handler: handler.answer(picture(1)[:-900], "image/jpeg"),
     "/broken-off.jpg": lambda handler: handler.answer(picture(1), "image/jpeg", Content_Length="99999"),
     "/bomb.png": lambda handler: handler.answer(BOMB, "image/png"),
+    "/gzip-bomb.jpg": lambda handler: handler.answer(GZIP_BOMB, "image/jpeg", Content_Encoding="gzip"),
+    "/no-gzip.jpg": lambda handler: handler.answer(picture(1), "image/jpeg", Content_Encoding="gzip"),
     "/pixel.gif": lambda handler: handler.answer(picture(1, (1, 1), "GIF"), "image/gif"),
     "/script.eps": lambda handler: handler.answer(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"),
     "/missing.jpg": lambda handler: handler.answer(b"", status=404),
@@ -250,14 +254,14 @@ class FakeGoogle:
             handler.answer(self.result_page(query))
 
     def consent_page(self, target: str) -> bytes:
-        """Make the page with the two buttons."""
+        """Return the page with the two buttons."""
         value = target.replace("&", "&amp;")
         form = f'<form action="/save"><input type="hidden" name="continue" value="{value}">'
         buttons = '<button id="W0wltc">Reject all</button><button id="L2AGLb">Accept all</button></form>'
         return f"<title>Before you continue</title>{form}{buttons}".encode()
 
     def captcha_page(self, target: str) -> bytes:
-        """Make the captcha's page; with `solved_after_s` somebody solves it."""
+        """Return the captcha's page; with `solved_after_s` somebody solves it."""
         solve = ""
         if self.solved_after_s is not None:
             cookie = "SOLVED=yes; domain=.google.com; path=/"
@@ -266,7 +270,7 @@ class FakeGoogle:
         return f'<form id="captcha-form">Unusual traffic</form>{solve}'.encode()
 
     def layer(self, number: int) -> str:
-        """Tell how a result is shown."""
+        """Return how a result is shown."""
         if number in self.lost:
             return "thumbnail"
         if self.is_plain or number < self.page_size:
@@ -278,15 +282,9 @@ class FakeGoogle:
         docid = f"doc_{number:04}-id"
         thumbnail = [f"https://encrypted-tbn0.gstatic.com/images?q=tbn:{docid}", 168, 300]
         original = [self.original(query, number), 120, 160]
-        about = {
-            "2003": [
-                None,
-                f"ref{number}",
-                f"https://pages.example/{number}",
-                f"Title <{number}> \u2028\ud83d",
-            ]
-        }
-        record = [0, docid, thumbnail, original, None, 0, "rgb(9,9,9)", None, 0, about]
+        page, title = f"https://pages.example/{number}", f"Title <{number}> \u2028\ud83d"
+        origin = {"2003": [None, f"ref{number}", page, title]}
+        record = [0, docid, thumbnail, original, None, 0, "rgb(9,9,9)", None, 0, origin]
         text = json.dumps([1, record, "x"], separators=(",", ":"))
         return text.replace("=", "\\u003d").replace("&", "\\u0026").replace("<", "\\u003c")
 
@@ -386,13 +384,14 @@ def serve_openverse(handler: Handler, pictures: str, num_results: int) -> None:
         }
         for n in numbers
     ]
-    about = {
+    answer = {
         "result_count": num_results,
         "page_count": -(-num_results // size),
         "page_size": size,
         "page": page,
+        "results": results,
     }
-    handler.answer(json.dumps({**about, "results": results}).encode(), "application/json")
+    handler.answer(json.dumps(answer).encode(), "application/json")
 
 
 def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
@@ -402,7 +401,10 @@ def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
     numbers = range(offset, min(offset + size, num_results))
     pages = [
         {
-            **{"pageid": 1000 - n, "ns": 6, "title": f"File:{n}.jpg", "index": n + 1},
+            "pageid": 1000 - n,
+            "ns": 6,
+            "title": f"File:{n}.jpg",
+            "index": n + 1,
             "imageinfo": [
                 {
                     "url": f"{pictures}?n={n}",

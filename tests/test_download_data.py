@@ -1,6 +1,8 @@
 """download_data.py against web servers on this machine: a real Chromium, real sockets, real faces."""
 
 import contextlib
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from image_server import (
     serve_pictures,
 )
 from PIL import Image
+from urllib3 import HTTPResponse
 
 import download_data
 
@@ -97,7 +101,7 @@ def files(out_dir):
 
 
 def running(folder):
-    """List the command lines of the processes that were told of a folder of this test."""
+    """List the command lines of the processes that were given a folder of this test."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -302,7 +306,9 @@ OUTCOMES = {
     "/dripping-header.jpg": ("failed", "unreachable", "not done after 1 s"),
     "/truncated.jpg": ("rejected", "no image", "damaged"),
     "/broken-off.jpg": ("failed", "unreachable", "the connection broke off"),
-    "/bomb.png": ("rejected", "too big", "a decompression bomb"),
+    "/bomb.png": ("rejected", "too big", "more than 50 million pixels"),
+    "/gzip-bomb.jpg": ("rejected", "too big", "more than 20 MB"),
+    "/no-gzip.jpg": ("rejected", "no image", "not encoded as it says"),
     "/pixel.gif": ("rejected", "too small", "1x1 pixels"),
     "/script.eps": ("rejected", "no image", "an unknown format"),
     "/missing.jpg": ("rejected", "http error", "HTTP 404"),
@@ -409,6 +415,51 @@ def test_tls_certificates_are_checked(out_dir, tmp_path, monkeypatch):
     assert "IP address mismatch" in records(trusting, "rejected")[0]["detail"]
 
 
+@pytest.mark.parametrize(("name", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+def test_an_answer_is_decoded_as_it_was_asked_for(name, encode, out_dir, tmp_path):
+    asked = []
+
+    def answer(handler):
+        asked.extend(handler.headers["Accept-Encoding"].split(","))
+        handler.answer(encode(picture(1)), "image/jpeg", Content_Encoding=name)
+
+    with serve(answer) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/photo"))))
+    assert name in asked
+    assert set(asked) <= set(HTTPResponse.CONTENT_DECODERS)  # nothing that could not be decoded
+    [record] = records(out_dir, "kept")
+    assert record["sha256"] == hashlib.sha256(picture(1)).hexdigest()
+
+
+def test_a_redirect_is_followed(pictures, out_dir, tmp_path):
+    with serve(lambda handler: handler.redirect(pictures.url("/photo?n=1"))) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/moved"))))
+    [record] = records(out_dir, "kept")
+    assert record["url"] == server.url("/moved")
+    assert pictures.hits == {"/photo?n=1": 1}
+
+
+def test_another_address_is_tried_where_the_first_does_not_answer(pictures, out_dir, tmp_path, monkeypatch):
+    lookup, dial, dialled = socket.getaddrinfo, socket.create_connection, []
+    entries = [(0, 0, 0, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
+
+    def find(host, *rest, **more):
+        return entries if host == "several.example" else lookup(host, *rest, **more)
+
+    def refuse_first(address, timeout):
+        dialled.append(address[0])
+        if len(dialled) == 1:
+            raise ConnectionRefusedError("refused")
+        return dial(address, timeout)
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    monkeypatch.setattr(socket, "create_connection", refuse_first)
+    url = pictures.url("/photo?n=1", host="several.example")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", url)))
+    assert [record["url"] for record in records(out_dir, "kept")] == [url]
+    assert dialled == ["127.0.0.2", "127.0.0.1"]
+
+
 def test_what_may_be_passing_is_tried_again(out_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(download_data, "BACKOFF_S", 0.01)
 
@@ -502,8 +553,8 @@ def test_the_extension_is_the_real_format_and_the_name_is_never_the_servers(out_
         downloader = download_data.Downloader(2, 0, allow_private=True, contact="")
         names = []
         for path in contents:
-            download_data.replace_file(tmp_path / "download", downloader.get(server.url(path)))
-            fields = download_data.judge(
+            (tmp_path / "download").write_bytes(downloader.get(server.url(path)))
+            fields = download_data.examine(
                 tmp_path / "download", "happy", download_data.Result(""), dataset, find_face=None
             )
             names.append(fields["file"])
@@ -580,7 +631,7 @@ def test_the_table_counts_what_was_asked_found_kept_and_rejected(out_dir, tmp_pa
 # --- the manifest ---
 
 
-def test_a_manifest_tells_where_a_picture_is_from(pictures, out_dir, tmp_path):
+def test_a_manifest_names_where_a_picture_is_from(pictures, out_dir, tmp_path):
     imagenet(out_dir, *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1"))))
     [record] = records(out_dir, "kept")
     assert record.keys() == {
@@ -617,7 +668,7 @@ def test_a_killed_run_goes_on_without_a_second_download(start, out_dir, tmp_path
 
 
 def has_arrived(out_dir, url):
-    """Tell whether a download is on the disk or settled."""
+    """Return whether a download is on the disk or settled."""
     settled = {record["url"] for record in records(out_dir, "kept")} if out_dir.exists() else set()
     return url in settled or (out_dir / ".incoming" / download_data.url_digest(url)).exists()
 
@@ -628,7 +679,9 @@ def test_a_run_killed_between_record_and_file_is_repaired(pictures, out_dir, tmp
     [record] = records(out_dir, "kept")
     (out_dir / record["file"]).unlink()
     (out_dir / ".incoming" / download_data.url_digest(record["url"])).write_bytes(picture(1))
+    (out_dir / ".incoming" / ".emotion-0123456789abcdef.tmp").write_bytes(picture(2)[:500])
     imagenet(out_dir, *listed)
+    assert not list((out_dir / ".incoming").iterdir())
     assert files(out_dir) == [record["file"]]
     assert pictures.hits == {"/photo?n=1": 1}
 
@@ -732,7 +785,7 @@ def test_an_api_that_does_not_answer_stops_the_run(out_dir, monkeypatch):
         monkeypatch.setitem(HOSTILE, "/busy.jpg?q=hen&page=1&page_size=20", HOSTILE["/busy.jpg"])
         with pytest.raises(SystemExit) as stop:
             imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
-    assert stop.value.code.startswith("error: Openverse does not answer (HTTP 503)")
+    assert stop.value.code.startswith("error: openverse does not answer (HTTP 503)")
 
 
 def test_an_api_that_has_changed_stops_the_run(out_dir, monkeypatch):
@@ -807,14 +860,13 @@ def test_a_list_cannot_lead_out_of_the_folder(line, out_dir, tmp_path):
 # --- queries ---
 
 
-def test_the_queries_are_those_of_the_resources(tmp_path):
-    args = download_data.parse_args(["emotions", "--limit", "7", "--synonym-limit", "3"])
-    queries = download_data.list_queries(args, {})
+def test_the_queries_are_those_of_the_resources():
+    texts = download_data.read_emotions(download_data.EMOTION_QUERIES)
+    queries = download_data.list_queries(texts, limit=7, synonym_limit=3)
     assert list(dict.fromkeys(query.label for query in queries)) == list(download_data.shared.EMOTIONS)
     assert queries[0] == ("angry", "angry face", 7)
     assert {query.limit for query in queries if query.text != f"{query.label} face"} == {3}
-    args = download_data.parse_args(["imagenet"])
-    queries = download_data.list_queries(args, {})
+    queries = download_data.list_queries(download_data.read_imagenet_labels(), limit=5, synonym_limit=0)
     assert len({query.label for query in queries}) == 1000
     assert queries[2] == ("great_white_shark", "great white shark", 5)
 
@@ -822,8 +874,8 @@ def test_the_queries_are_those_of_the_resources(tmp_path):
 def test_an_emotions_file_brings_other_words(tmp_path):
     path = tmp_path / "words.json"
     path.write_text('{"neutral": ["calm face", "poker face"]}')
-    args = download_data.parse_args(["emotions", "--emotions-file", str(path), "--synonym-limit", "0"])
-    assert download_data.list_queries(args, {}) == [("neutral", "calm face", 100)]
+    texts = download_data.read_emotions(path)
+    assert download_data.list_queries(texts, limit=100, synonym_limit=0) == [("neutral", "calm face", 100)]
 
 
 @pytest.mark.parametrize("text", ["[]", '{"a": []}', '{"a": "b"}', '{"../a": ["b"]}', "{"])
