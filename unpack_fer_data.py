@@ -10,7 +10,7 @@ and labels of all rows read, before classes are chosen, and drops a train row fo
 its image stands in val or test; its image has several labels (all its rows go); its image stood in train
 before. Rows are written as they come and dropped at the end: one pass, and memory for a digest a row.
 
-FER+ (Barsoum et al. 2016, arXiv:1608.01041; fer2013new.csv of github.com/microsoft/FERPlus) tells, row for
+FER+ (Barsoum et al. 2016, arXiv:1608.01041; fer2013new.csv of github.com/microsoft/FERPlus) holds, row for
 row, what ten people saw in each face. --ferplus writes their votes to `<out-dir>/votes.csv`.
 
 Usage:
@@ -18,9 +18,10 @@ Usage:
     python unpack_fer_data.py fer2013.csv.xz --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
-import csv
 import gzip
 import hashlib
 import io
@@ -29,43 +30,29 @@ import lzma
 import sys
 import zipfile
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import model as shared
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pandas as pd
+
 LABELS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")  # FER's 0 to 6
-# The same as model.EMOTIONS; importing model brings torch, 670 MB and 4 s, several times this whole job.
-EMOTIONS = tuple(label for label in LABELS if label not in {"fearful", "neutral"})
 SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
-# FER+'s column for each of them; its contempt, unknown and "no face" are left out.
-VOTES = dict(
-    zip(LABELS, ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral"), strict=True)
-)
-NATIVE_SIZE = 48  # pixels a side
+# FER+'s column for each of LABELS; its contempt, unknown and "no face" are left out.
+VOTES = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
+SIZE = 48  # pixels a side
 DROP_REASONS = ("in val or test", "with several labels", "repeated in train")  # in order of precedence
 MAX_HEADER_BYTES = 1000  # chosen here: FER's headers are shorter, and a binary file may have no line ends
 BROKEN_STREAM = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile)
 MANIFEST_FORMAT = "unpack_fer_data 1"
-
-
-class Row(NamedTuple):
-    """A sound row of the CSV."""
-
-    index: int
-    split: str
-    emotion: str
-    digest: bytes  # of the image
-    image: np.ndarray | None  # (48, 48) uint8; None once written
-
-    @property
-    def path(self) -> Path:
-        """Where the image goes, below the output folder."""
-        return Path(self.split, self.emotion, f"{self.index:05d}.png")
 
 
 # --- reading ---
@@ -84,19 +71,18 @@ def read_header(file: BinaryIO) -> list[str]:
 
 def open_zip(raw: BinaryIO) -> BinaryIO:
     """Open the FER table of a zip. Of several, fer2013.csv counts, else the only one that has Usage."""
-    archive = zipfile.ZipFile(raw)
-    names = [name for name in archive.namelist() if name.lower().endswith(".csv")]
-    columns = {}
-    for name in names:
-        with archive.open(name) as file:
-            columns[name] = set(read_header(file))
-    fitting = [name for name in names if columns[name] >= {"emotion", "pixels"}]
-    named = [name for name in fitting if PurePosixPath(name).name == "fer2013.csv"]
-    with_usage = [name for name in fitting if "usage" in columns[name]]
-    for choice in (named, with_usage, fitting):
+    archive, columns = zipfile.ZipFile(raw), {}
+    for name in archive.namelist():
+        if name.lower().endswith(".csv"):
+            with archive.open(name) as file:
+                columns[name] = read_header(file)
+    tables = [name for name in columns if {"emotion", "pixels"} <= set(columns[name])]
+    named = [name for name in tables if PurePosixPath(name).name == "fer2013.csv"]
+    with_usage = [name for name in tables if "usage" in columns[name]]
+    for choice in (named, with_usage, tables):
         if len(choice) == 1:
             return archive.open(choice[0])
-    found = ", ".join(fitting or names) or "no CSV"
+    found = ", ".join(tables or columns) or "no CSV"
     raise ValueError(f"{raw.name} holds {found}, expected one FER table; unzip it and pass that file")
 
 
@@ -130,11 +116,20 @@ def parse_pixels(text: bytes) -> np.ndarray:
     if text.translate(None, b"0123456789 "):
         raise ValueError("pixels are not all whole numbers from 0 to 255")
     pixels = np.fromstring(text, dtype=np.int64, sep=" ")
-    if len(pixels) != NATIVE_SIZE**2:
-        raise ValueError(f"{len(pixels)} pixels, expected {NATIVE_SIZE**2}")
+    if len(pixels) != SIZE**2:
+        raise ValueError(f"{len(pixels)} pixels, expected {SIZE**2}")
     if pixels.max() > 255:
         raise ValueError(f"pixel value {pixels.max()}, expected 0 to 255")
-    return pixels.astype(np.uint8).reshape(NATIVE_SIZE, NATIVE_SIZE)
+    return pixels.astype(np.uint8).reshape(SIZE, SIZE)
+
+
+class Row(NamedTuple):
+    """A sound row of the CSV."""
+
+    index: int
+    split: str
+    emotion: str
+    image: np.ndarray  # (48, 48) uint8
 
 
 def parse_row(line: bytes, index: int, columns: list[str]) -> Row:
@@ -148,9 +143,7 @@ def parse_row(line: bytes, index: int, columns: list[str]) -> Row:
         raise ValueError(f"label {label[:20]!r}, expected 0 to {len(LABELS) - 1}")
     if usage not in SPLITS:
         raise ValueError(f"Usage {usage[:20]!r}, expected {', '.join(SPLITS)}")
-    image = parse_pixels(fields["pixels"])
-    digest = hashlib.blake2b(image, digest_size=16).digest()
-    return Row(index, SPLITS[usage], LABELS[int(label)], digest, image)
+    return Row(index, SPLITS[usage], LABELS[int(label)], parse_pixels(fields["pixels"]))
 
 
 def read_rows(file: BinaryIO, columns: list[str], limit: int | None) -> Iterator[tuple[int, Row | str]]:
@@ -159,70 +152,62 @@ def read_rows(file: BinaryIO, columns: list[str], limit: int | None) -> Iterator
     while limit is None or index < limit:
         number += 1
         try:
-            line = file.readline()
+            if not (line := file.readline()):
+                return
+            if not line.strip():
+                continue
+            row = parse_row(line, index, columns)
         except BROKEN_STREAM as error:
             yield number, f"the file breaks off ({error}), all that follows is lost"
             return
-        if not line:
-            return
-        if line.strip():
-            try:
-                yield number, parse_row(line, index, columns)
-            except ValueError as error:
-                yield number, str(error)
-            index += 1
+        except ValueError as error:
+            row = str(error)
+        yield number, row
+        index += 1
 
 
 # --- writing ---
 
 
-def find_duplicates(rows: list[Row]) -> dict[int, str]:
-    """Return the index of each train row to drop and its reason, one of DROP_REASONS."""
-    copies = defaultdict(list)
-    for row in rows:
-        copies[row.digest].append(row)
-    reasons = {}
-    for group in copies.values():
-        train = [row.index for row in group if row.split == "train"]
-        if len(train) < len(group):
-            reasons |= dict.fromkeys(train, DROP_REASONS[0])
-        elif len({row.emotion for row in group}) > 1:
-            reasons |= dict.fromkeys(train, DROP_REASONS[1])
-        else:
-            reasons |= dict.fromkeys(train[1:], DROP_REASONS[2])
-    return reasons
-
-
-def write_png(path: Path, image: np.ndarray, size: int) -> None:
-    """Write a gray image, `size` pixels a side, unless the file holds just that already."""
-    picture, png = Image.fromarray(image), io.BytesIO()
-    if size != NATIVE_SIZE:
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    picture.save(png, "PNG")
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write a gray image, unless the file holds just that already."""
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    # `replacing` would add a sixth to the whole run; it is the manifest that calls the images complete.
     if not path.exists() or path.read_bytes() != png.getvalue():
         path.write_bytes(png.getvalue())
 
 
-def write_votes(ferplus: Path, path: Path, rows: list[Row]) -> None:
-    """Write FER+'s votes for the rows as a CSV: `row`, and a column of counts for each of LABELS.
+def find_duplicates(rows: pd.DataFrame) -> pd.Series:
+    """Return the reason to drop each train row that is to go, one of DROP_REASONS.
+
+    Args:
+        rows: columns split, emotion and digest (of the image); indexed by the row's number, as the result.
+    """
+    import pandas as pd
+
+    in_train = rows["split"] == "train"
+    held_out = (~in_train).groupby(rows["digest"]).transform("any")
+    several = rows.groupby("digest")["emotion"].transform("nunique") > 1
+    reasons = np.select([held_out, several, rows.duplicated("digest")], DROP_REASONS, "")
+    return pd.Series(reasons, rows.index)[in_train & (reasons != "")]
+
+
+def read_votes(ferplus: Path) -> pd.DataFrame:
+    """Return FER+'s table: a face a row, its Usage and VOTES.
 
     Raises:
-        ValueError: FER+'s table lacks a column, or its rows are not those of FER.
+        ValueError: it is no CSV of that kind.
     """
-    with ferplus.open(newline="", encoding="utf-8", errors="replace") as file:
-        table = csv.DictReader(file)
-        missing = {"Usage", *VOTES.values()} - set(table.fieldnames or ())
-        if missing:
-            raise ValueError(f"{ferplus} lacks {', '.join(sorted(missing))}, expected FER+'s fer2013new.csv")
-        votes = list(table)
-    if any(row.index >= len(votes) or SPLITS.get(votes[row.index]["Usage"]) != row.split for row in rows):
-        raise ValueError(f"{ferplus} is not row for row with the faces; get both files anew")
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", *VOTES])
-        writer.writerows([row.index, *(votes[row.index][name] for name in VOTES.values())] for row in rows)
-    partial.replace(path)
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(ferplus, dtype=dict.fromkeys(VOTES, int), encoding_errors="replace")
+    except (ValueError, OverflowError) as error:  # empty, ragged, or a vote is no whole number
+        raise ValueError(f"{ferplus} is not FER+'s fer2013new.csv: {str(error).strip()}") from None
+    if missing := {"Usage", *VOTES} - set(table.columns):
+        raise ValueError(f"{ferplus} lacks {', '.join(sorted(missing))}, expected FER+'s fer2013new.csv")
+    return table
 
 
 def find_images(out_dir: Path) -> list[Path]:
@@ -232,7 +217,7 @@ def find_images(out_dir: Path) -> list[Path]:
     return [path for path in paths if len(path.stem) >= 5 and path.stem.isdecimal()]
 
 
-def survey(out_dir: Path) -> dict:
+def count_images(out_dir: Path) -> dict:
     """Return the `counts` of images on disk by split and emotion, and the `bytes` they take."""
     counts = {split: dict.fromkeys(LABELS, 0) for split in SPLITS.values()}
     paths = find_images(out_dir)
@@ -253,13 +238,6 @@ def read_manifest(out_dir: Path) -> dict:
     raise ValueError(f"{path} is not this script's ({MANIFEST_FORMAT}); choose another --out-dir")
 
 
-def write_manifest(out_dir: Path, manifest: dict) -> None:
-    """Write the manifest in one step, so that it is never half there."""
-    partial = out_dir / "manifest.json.partial"
-    partial.write_text(json.dumps({"format": MANIFEST_FORMAT} | manifest, indent=1) + "\n", encoding="utf-8")
-    partial.replace(out_dir / "manifest.json")
-
-
 def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
     """Make the folder ready for the images of `source`, under a manifest that calls them incomplete.
 
@@ -275,7 +253,8 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
             f"{out_dir} holds images made otherwise ({changed}); choose another --out-dir or add --overwrite"
         )
     if overwrite:
-        for path in [*images, *out_dir.glob("votes.csv")]:
+        (out_dir / "votes.csv").unlink(missing_ok=True)
+        for path in images:
             path.unlink()
         for folder in {path.parent for path in images}:
             with contextlib.suppress(OSError):  # it holds other files too
@@ -283,17 +262,21 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
     for split in SPLITS.values():
         for emotion in source["emotions"]:
             (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
-    write_manifest(out_dir, {"complete": False, "source": source})
+    claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
+    shared.save_json(out_dir / "manifest.json", claim)
 
 
 def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwrite: bool) -> dict:
     """Write the images that `source` asks for; return the numbers of `rows`, `bad_rows` and `dropped`.
 
     Raises:
-        ValueError: the CSV or the folder is not fit, or the folder holds images of unknown origin as well.
+        ValueError: a table or the folder is not fit, or the folder holds images of unknown origin as well.
     """
-    rows, bad, written, dropped = [], 0, 0, dict.fromkeys(DROP_REASONS, 0)
+    import pandas as pd
+
+    found, num_bad, written, dropped = [], 0, {}, dict.fromkeys(DROP_REASONS, 0)
     with open_csv(path) as (file, raw, columns):
+        votes = read_votes(ferplus) if ferplus else None
         claim_folder(out_dir, source, overwrite)
         if "usage" not in columns:
             print(f"{path} has no column Usage: all its rows go to train", file=sys.stderr)
@@ -302,113 +285,76 @@ def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwr
                 bar.update(raw.tell() - bar.n)
                 if isinstance(row, str):
                     bar.write(f"{path}, line {number}: {row}; skipped", file=sys.stderr)
-                    bad += 1
+                    num_bad += 1
                     continue
-                rows.append(row._replace(image=None))
+                digest = hashlib.blake2b(row.image, digest_size=16).digest()
+                found.append((row.index, row.split, row.emotion, digest))
                 if row.emotion in source["emotions"]:
-                    write_png(out_dir / row.path, row.image, source["size"])
-                    written += 1
+                    written[row.index] = out_dir / row.split / row.emotion / f"{row.index:05d}.png"
+                    write_png(written[row.index], row.image)
+    rows = pd.DataFrame(found, columns=["row", "split", "emotion", "digest"]).set_index("row")
     if ferplus:
-        write_votes(ferplus, out_dir / "votes.csv", rows)
-    reasons = find_duplicates(rows) if source["drop_duplicates"] else {}
-    for row in rows:
-        if row.index in reasons and row.emotion in source["emotions"]:
-            (out_dir / row.path).unlink()
-            dropped[reasons[row.index]] += 1
-    unknown = len(find_images(out_dir)) - written + sum(dropped.values())
-    if unknown:
-        raise ValueError(f"{out_dir} holds {unknown} images that are not from {path}; move them elsewhere")
-    return {"rows": len(rows) + bad, "bad_rows": bad, "dropped": dropped}
+        if (votes["Usage"].map(SPLITS).reindex(rows.index) != rows["split"]).any():
+            raise ValueError(f"{ferplus} is not row for row with the faces; get both files anew")
+        votes = votes.loc[rows.index, list(VOTES)].set_axis(LABELS, axis="columns")
+        with shared.replacing(out_dir / "votes.csv") as temporary:
+            votes.to_csv(temporary, index_label="row", lineterminator="\r\n")
+    if source["drop_duplicates"]:
+        for index, reason in find_duplicates(rows).items():
+            if index in written:
+                written.pop(index).unlink()
+                dropped[reason] += 1
+    if strangers := set(find_images(out_dir)) - set(written.values()):
+        num = len(strangers)
+        raise ValueError(f"{out_dir} holds {num} images that are not from {path}; move them elsewhere")
+    return {"rows": len(rows) + num_bad, "bad_rows": num_bad, "dropped": dropped}
 
 
 # --- command line ---
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a user's mistake into one line and exit code 1, Ctrl-C into 130, as model.py's does."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def digest_of(path: Path) -> str:
-    """Return the digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
-def positive_int(text: str) -> int:
-    """Read a whole number above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """Read a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
     add = parser.add_argument
     add("csv", type=Path, help="fer2013.csv, icml_face_data.csv or train.csv; plain, .gz, .xz or .zip")
-    add("--out-dir", type=Path, default=Path("data/fer"), help="output root (default: %(default)s)")
-    add("--emotions", nargs="+", choices=LABELS, default=EMOTIONS, help="classes (default: %(default)s)")
-    add("--size", type=positive_int, default=NATIVE_SIZE, help="pixels a side (default: %(default)s)")
+    shared.add_options(parser, out_dir=Path("data/fer"))
+    add("--emotions", nargs="+", choices=LABELS, default=shared.EMOTIONS, help="classes")
     add("--drop-duplicates", action="store_true", help="drop images from train, as described above")
     add("--ferplus", type=Path, metavar="FILE", help="FER+'s fer2013new.csv: write its votes to votes.csv")
-    add("--max-bad", type=share, default=0.01, help="share of rows allowed to be bad (default: %(default)s)")
-    add("--limit", type=positive_int, help="read only the first N rows (default: all)")
+    share, count = shared.number(float, 0, 1), shared.number(int, 1)
+    add("--max-bad", type=share, metavar="X", default=0.01, help="share of rows that may be bad")
+    add("--limit", type=count, metavar="N", help="read only the first N rows (default: all)")
     add("--overwrite", action="store_true", help="replace the images of an earlier run, keep other files")
     return parser.parse_args(argv)
 
 
-def format_counts(counts: dict[str, dict[str, int]], emotions: list[str]) -> str:
-    """Lay out the images of each split and emotion as a table."""
-    lines = [f"{'split':5}" + "".join(f"{name:>11}" for name in [*emotions, "total"])]
-    for split, by_emotion in counts.items():
-        numbers = [by_emotion[emotion] for emotion in emotions]
-        lines.append(f"{split:5}" + "".join(f"{number:11}" for number in [*numbers, sum(numbers)]))
-    return "\n".join(lines)
-
-
-@one_line_errors()
-def main(argv: list[str] | None = None) -> None:
+@shared.one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
     """Unpack a CSV, unless the folder shows that it has been done."""
     args = parse_args(argv)
     if not args.csv.is_file() or args.csv.stat().st_size == 0:
         raise ValueError(f"{args.csv} is missing or empty, expected FER2013's CSV; get it from Kaggle")
     if args.ferplus and not args.ferplus.is_file():
         raise ValueError(f"{args.ferplus} is missing, expected FER+'s fer2013new.csv; get it from GitHub")
-    source = {
-        "csv": digest_of(args.csv),
-        "ferplus": digest_of(args.ferplus) if args.ferplus else None,
+    source = {  # all that decides what the folder will hold
+        "csv": shared.file_digest(args.csv, "blake2b"),
+        "ferplus": shared.file_digest(args.ferplus, "blake2b") if args.ferplus else None,
         "emotions": sorted(set(args.emotions)),
-        "size": args.size,
+        "size": SIZE,  # which was an option once
         "drop_duplicates": args.drop_duplicates,
         "limit": args.limit,
     }
 
     manifest = read_manifest(args.out_dir)
-    finished = {"complete": True, "source": source}
-    is_done = not args.overwrite and manifest == manifest | finished | survey(args.out_dir)
+    finished = {"format": MANIFEST_FORMAT, "complete": True, "source": source}
+    is_done = not args.overwrite and manifest == manifest | finished | count_images(args.out_dir)
     is_done &= not args.ferplus or (args.out_dir / "votes.csv").exists()
     if is_done:
         print(f"{args.out_dir} is complete already", file=sys.stderr)
     else:
         numbers = unpack(args.csv, args.out_dir, source, args.ferplus, args.overwrite)
-        manifest = finished | numbers | survey(args.out_dir)
+        manifest = finished | numbers | count_images(args.out_dir)
     rows, bad = manifest["rows"], manifest["bad_rows"]
     print(f"{rows} rows read, {bad} of them bad and skipped", file=sys.stderr)
     if rows == 0 or bad > args.max_bad * rows:
@@ -418,8 +364,14 @@ def main(argv: list[str] | None = None) -> None:
         dropped = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
         print(f"dropped from train: {dropped}", file=sys.stderr)
     if not is_done:
-        write_manifest(args.out_dir, manifest)
-    print(f"{format_counts(manifest['counts'], source['emotions'])}\nimages in {args.out_dir}")
+        shared.save_json(args.out_dir / "manifest.json", manifest)
+
+    import pandas as pd  # here, for --help does without
+
+    table = pd.DataFrame(manifest["counts"]).T[source["emotions"]].rename_axis(columns="split")
+    table["total"] = table.sum(axis="columns")
+    print(table.to_string(col_space=dict.fromkeys(table, 10)))
+    print(f"images in {args.out_dir}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import csv
 import gzip
+import hashlib
 import json
 import lzma
 import shutil
@@ -15,7 +16,8 @@ from conftest import ROOT
 from PIL import Image
 
 import unpack_fer_data
-from unpack_fer_data import EMOTIONS, LABELS, main
+from model import EMOTIONS
+from unpack_fer_data import LABELS, main
 
 SCRIPT = unpack_fer_data.__file__
 TRAIN, VAL, TEST = "Training", "PublicTest", "PrivateTest"
@@ -108,12 +110,6 @@ def check_one_line_error(result, *words):
 # --- what is written ---
 
 
-def test_default_classes_are_those_of_the_model():
-    import model
-
-    assert EMOTIONS == model.EMOTIONS
-
-
 def test_main_writes_the_rows_pixel_for_pixel_under_split_emotion_and_row_number(run, tmp_path, out):
     code, stdout, _ = run(write_csv(tmp_path / "fer2013.csv", MIXED))
     images = read_pngs(out)
@@ -149,20 +145,6 @@ def test_every_chosen_class_has_a_folder_in_every_split(run, tmp_path, out):
     run(write_csv(tmp_path / "fer2013.csv", MIXED), "--limit", "1")
     folders = {str(path.relative_to(out)) for path in out.glob("*/*")}
     assert folders == {f"{split}/{emotion}" for split in ("train", "val", "test") for emotion in EMOTIONS}
-
-
-@pytest.mark.parametrize("size", [24, 96])
-def test_size_resizes_without_aliasing_or_turning_the_image(run, tmp_path, out, size):
-    image = np.indices((48, 48)).sum(0) % 2 * 255  # a checkerboard: picking pixels would give 0 or 255 alone
-    image[:24] = 0
-    path = tmp_path / "fer2013.csv"
-    path.write_text(f"{HEADER}\n3,{as_text(image)},{TRAIN}\n")
-    run(path, "--size", size)
-    resized = read_pngs(out)["train/happy/00000"].astype(float)
-    assert resized.shape == (size, size)
-    assert resized[: size // 3].max() == 0
-    if size < 48:
-        assert np.abs(resized[size * 2 // 3 : -2, 2:-2] - 127.5).max() < 10
 
 
 def test_limit_reads_the_first_rows_only(run, tmp_path, out):
@@ -404,7 +386,7 @@ def test_a_table_without_rows_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--emotions", "bored"], ["--size", "0"], ["--limit", "0"], ["--max-bad", "2"], ["--max-bad", "nan"]],
+    [["--emotions", "bored"], ["--limit", "0"], ["--max-bad", "2"], ["--max-bad", "nan"]],
 )
 def test_options_out_of_range_are_left_to_argparse(run, tmp_path, options):
     path = write_csv(tmp_path / "fer2013.csv", MIXED)
@@ -455,7 +437,6 @@ def test_a_second_run_restores_the_harmed_image_alone(run, tmp_path, out, harm):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--size", "64"], "(size)"),
         (["--emotions", "happy", "sad"], "(emotions)"),
         (["--drop-duplicates"], "(drop_duplicates)"),
         (["--limit", "3"], "(limit)"),
@@ -466,6 +447,41 @@ def test_other_options_over_the_same_folder_are_refused(run, tmp_path, out, opti
     run(path)
     before = snapshot(out)
     check_one_line_error(run(path, *options), str(out), word, "--out-dir", "--overwrite")
+    assert snapshot(out) == before
+
+
+def test_the_manifest_is_that_of_earlier_versions_so_that_their_folders_count_as_complete(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", [*MIXED, (3, TRAIN, 0), (3, TRAIN, 1)])
+    run(path, "--drop-duplicates")
+    counts = {split: dict.fromkeys(LABELS, 0) for split in ("train", "val", "test")}
+    counts["train"]["happy"] = counts["val"]["sad"] = 1
+    counts["test"] |= {"disgusted": 1, "surprised": 1}
+    assert json.loads((out / "manifest.json").read_text()) == {
+        "format": "unpack_fer_data 1",
+        "complete": True,
+        "source": {
+            "csv": hashlib.blake2b(path.read_bytes()).hexdigest(),
+            "ferplus": None,
+            "emotions": sorted(EMOTIONS),
+            "size": 48,
+            "drop_duplicates": True,
+            "limit": None,
+        },
+        "rows": 9,
+        "bad_rows": 0,
+        "dropped": {"in val or test": 0, "with several labels": 2, "repeated in train": 1},
+        "counts": counts,
+        "bytes": sum(png.stat().st_size for png in out.rglob("*.png")),
+    }
+
+
+def test_images_of_another_size_by_an_earlier_version_are_refused(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", MIXED)
+    run(path)
+    manifest = out / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"size": 48', '"size": 64'))
+    before = snapshot(out)
+    check_one_line_error(run(path), str(out), "(size)", "--out-dir", "--overwrite")
     assert snapshot(out) == before
 
 
@@ -482,10 +498,9 @@ def test_overwrite_leaves_only_the_new_images_and_the_users_files(run, tmp_path,
     kept = [out / "train" / "happy" / "mine.png", out / "notes.txt"]
     for file in kept:
         file.write_text("mine")
-    assert run(path, "--size", "24", "--overwrite")[0] == 0
+    assert run(path, "--overwrite")[0] == 0
     images = {path for path in out.rglob("*.png") if path not in kept}
     assert images == {out / f"{name}.png" for name in MIXED_PATHS}
-    assert {Image.open(path).size for path in images} == {(24, 24)}
     assert [file.read_text() for file in kept] == ["mine", "mine"]
     assert not (out / "train" / "neutral").exists()
 
@@ -541,6 +556,7 @@ def test_ctrl_c_exits_with_130_and_the_next_run_completes(run, tmp_path, out, mo
     assert list_pngs(out) == sorted(MIXED_PATHS)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_completed_by_the_next(run, start, tmp_path, out):
     # Every image twice: the killed run has not got to dropping the repeats.
     path = write_csv(tmp_path / "fer2013.csv", [(3, TRAIN, row // 2) for row in range(200)])
@@ -656,6 +672,12 @@ def test_a_second_run_restores_lost_votes_and_overwrite_without_ferplus_removes_
         ("emotion,pixels,Usage\n", "lacks"),
         (FERPLUS + f"{TRAIN},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n", "not row for row"),
         (FERPLUS + f"{TEST},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n" * len(MIXED), "not row for row"),
+        ("", "is not FER+'s fer2013new.csv"),
+        ("\0\x89PNG\r\n\x1a\n" * 100, "lacks"),
+        (FERPLUS + f"{TEST},fer0000000.png,10\n", "is not FER+'s fer2013new.csv"),
+        (FERPLUS + f"{TEST},fer0000000.png,many,0,0,0,0,0,0,0,0,0\n", "is not FER+'s fer2013new.csv"),
+        (FERPLUS + f"{TEST},fer0000000.png,{'9' * 30},0,0,0,0,0,0,0,0,0\n", "is not FER+'s fer2013new.csv"),
+        (FERPLUS + f"{TEST}\n{TEST}{',0' * 20}\n", "is not FER+'s fer2013new.csv"),
     ],
 )
 def test_votes_that_do_not_fit_are_refused_in_one_line(run, tmp_path, out, content, words):
@@ -664,6 +686,14 @@ def test_votes_that_do_not_fit_are_refused_in_one_line(run, tmp_path, out, conte
         path.write_text(content)
     check_one_line_error(run(write_csv(tmp_path / "fer2013.csv", MIXED), "--ferplus", path), words)
     assert not (out / "votes.csv").exists()
+
+
+def test_overwrite_with_a_table_that_is_not_ferplus_deletes_nothing(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", MIXED)
+    run(path)
+    before = snapshot(out)
+    check_one_line_error(run(path, "--ferplus", path, "--overwrite"), "fer2013.csv lacks anger")
+    assert snapshot(out) == before
 
 
 def test_main_unpacks_real_rows_pixel_for_pixel(run, out, real_data):
