@@ -62,7 +62,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for reason, count in reasons.items():
         terminalreporter.write_line(f"skipped: {count} tests: {reason}")
     if left_out := config.stash.get(LEFT_OUT, 0):
-        kinds = "real weights over whole tables, kills, browsers, long mutations"
+        kinds = "real networks on real data, processes, browsers, windows"
         all_run = "python -m pytest --all runs them"
         terminalreporter.write_line(f"left out: {left_out} slow tests ({kinds}); {all_run}")
 

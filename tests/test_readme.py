@@ -18,6 +18,8 @@ import tiny_resnet
 import torch
 import torchvision
 from conftest import ROOT
+from PIL import Image
+from test_detect_video import write_video
 
 import model as shared
 
@@ -71,9 +73,39 @@ def make_fer(target, votes_target):
             votes.write(f"{split},fer{number:07}.png,{','.join(counts)}\n")
 
 
+def make_photos(folder):
+    """Write noise for ImageNet, four people with each emotion's name, and a video of one of them."""
+    random = np.random.default_rng(0)
+    for number in range(6):
+        (folder / "data" / "imagenet" / f"class {number}").mkdir(parents=True)
+        noise = Image.fromarray(random.integers(0, 256, (5, 5, 3), np.uint8))
+        noise.resize((90, 70)).save(folder / "data" / "imagenet" / f"class {number}" / "0.jpg")
+    with Image.open(folder / "resources" / "sample.jpg") as montage:
+        people = [montage.crop((x, y, x + 480, y + 480)) for x in (0, 480) for y in (0, 480)]
+    for label, name in enumerate(shared.EMOTIONS):
+        (folder / "data" / "google" / name).mkdir(parents=True)
+        for number, person in enumerate(
+            people
+        ):  # heads held aslant, so that no face is another's near-duplicate
+            person.rotate(12 * (label - 2)).save(folder / "data" / "google" / name / f"{number}.jpg")
+    write_video(folder / "clip.mp4", [people[0]] * 5)
+
+
+def copy_photos(folder, real_data):
+    """Copy a few real photos of each kind, and a video."""
+    for path in shared.list_images(real_data / "imagenet-sample", limit=6):
+        (folder / "data" / "imagenet" / path.parent.name).mkdir(parents=True)
+        shutil.copy(path, folder / "data" / "imagenet" / path.parent.name)
+    for emotion in shared.EMOTIONS:
+        (folder / "data" / "google" / emotion).mkdir(parents=True)
+        for path in shared.list_images(real_data / "scraped" / emotion, limit=5):
+            shutil.copy(path, folder / "data" / "google" / emotion)
+    shutil.copy(real_data / "video" / "single_face.mp4", folder / "clip.mp4")
+
+
 @pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
-def checkout(request, tmp_path_factory, real_data):
-    """Lay out what a user brings, for a tiny network or for the real one with weights downloaded before.
+def checkout(request, tmp_path_factory):
+    """Lay out what a user brings: stand-ins and a tiny network, or real data and torchvision's download.
 
     Returns:
         The folder, and the options that choose the network of the first stage.
@@ -82,19 +114,14 @@ def checkout(request, tmp_path_factory, real_data):
     shutil.copytree(ROOT / "resources", folder / "resources")
     (folder / "holiday" / "first day").mkdir(parents=True)
     shutil.copy(folder / "resources" / "sample.jpg", folder / "holiday" / "first day")
-    shutil.copy(real_data / "video" / "single_face.mp4", folder / "clip.mp4")
-    for path in shared.list_images(real_data / "imagenet-sample", limit=6):
-        (folder / "data" / "imagenet" / path.parent.name).mkdir(parents=True)
-        shutil.copy(path, folder / "data" / "imagenet" / path.parent.name)
-    for emotion in shared.EMOTIONS:
-        (folder / "data" / "google" / emotion).mkdir(parents=True)
-        for path in shared.list_images(real_data / "scraped" / emotion, limit=5):
-            shutil.copy(path, folder / "data" / "google" / emotion)
     tables = [folder / name for name in ("fer2013.csv", "fer2013new.csv")]
     if request.param == "tiny":
+        make_photos(folder)
         make_fer(*tables)
         torch.save(shared.color_resnet(tiny_resnet.ARCH).state_dict(), folder / "teacher.pth")
         return folder, ["--arch", tiny_resnet.ARCH, "--teacher-weights", "teacher.pth"]
+    real_data = request.getfixturevalue("real_data")
+    copy_photos(folder, real_data)
     cut_fer(real_data / "fer2013.csv.xz", real_data / "ferplus.csv", *tables)
     kept = folder / "torch" / "hub" / "checkpoints"
     kept.mkdir(parents=True)
