@@ -133,7 +133,7 @@ def checkout(request, tmp_path_factory):
 def test_ci_runs_the_two_commands_as_printed_and_the_slow_tests():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     one, other = [command for command in INSTALLS if "requirements.txt" in command]
-    assert one.endswith("detect_emotions.py resources/sample.jpg")
+    assert one.endswith("detect_emotions.py resources/sample.jpg --out-dir runs/labelled")
     assert other.endswith("-m pytest")
     assert {one, f"{other} --all"} <= set(ci)
 
