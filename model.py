@@ -88,7 +88,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".emotion-{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
@@ -96,8 +97,9 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
             temporary.replace(path)
-        finally:
+        except BaseException:  # Ctrl-C too
             temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         if error.errno is None or isinstance(error, BrokenPipeError):  # it has its message; it is stdout's
             raise
