@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,85 @@ from PIL import Image
 from tiny_resnet import ARCH, REAL_ARCHS
 
 import model as shared
+
+# --- files ---
+
+
+def test_replacing_gives_a_whole_file_or_what_was_there(tmp_path):
+    path = tmp_path / "new folder" / "table.csv"
+    with shared.replacing(path, sync=True) as temporary:
+        temporary.write_text("whole")
+        assert temporary.parent == path.parent
+        assert not path.exists()
+    mode = path.stat().st_mode & 0o777
+    (tmp_path / "plain").touch()
+    assert mode == (tmp_path / "plain").stat().st_mode & 0o777  # not as private as a temporary file
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), shared.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replacing_puts_a_file_in_a_links_place_and_leaves_its_target_alone(tmp_path):
+    target, link = tmp_path / "precious", tmp_path / "link"
+    target.write_text("precious")
+    link.symlink_to(target)
+    with shared.replacing(link) as temporary:
+        temporary.write_text("new")
+    assert (target.read_text(), link.read_text(), link.is_symlink()) == ("precious", "new", False)
+
+
+def test_replacing_names_what_it_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "a.json"
+    with pytest.raises(OSError, match=re.escape(f"cannot write {path}: ")):
+        shared.save_json(path, {})
+
+
+# --- pictures ---
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_open_picture_scales_16_bits_and_turns_upright(tmp_path, mode):
+    steps = np.linspace(0, 65535, 60 * 40).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(steps).save(tmp_path / "deep.png")
+    picture = shared.open_picture(tmp_path / "deep.png", mode)
+    assert (picture.mode, picture.format) == (mode, "PNG")
+    np.testing.assert_allclose(np.asarray(picture.convert("L"), float), steps / 257, atol=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert shared.open_picture(tmp_path / "turned.jpg", mode).size == (40, 60)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "words"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unknown format", "convert it to JPEG or PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unknown format", "HEIC, which is not read; convert it"),
+        (b"<html>", "unknown format", "not an image"),
+        (None, "damaged", "No such file"),
+    ],
+)
+def test_open_picture_names_what_it_does_not_read(tmp_path, content, reason, words):
+    path = tmp_path / "photo.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(shared.PictureError, match=words) as error:
+        shared.open_picture(path)
+    assert error.value.reason == reason
+    assert str(path) in str(error.value)
+
+
+def test_open_picture_refuses_more_pixels_than_it_may_before_it_decodes(tmp_path):
+    Image.new("L", (300, 200)).save(tmp_path / "a.png")
+    assert shared.open_picture(tmp_path / "a.png", max_pixels=60_000).size == (300, 200)
+    with pytest.raises(shared.PictureError) as error:
+        shared.open_picture(tmp_path / "a.png", max_pixels=59_999)
+    assert error.value.reason == "too large"
+
 
 # --- faces ---
 

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import Counter
 
@@ -186,3 +187,12 @@ def test_every_image_of_the_readme_is_there():
     images = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
     assert images
     assert all((ROOT / image).is_file() for image in images)
+
+
+def test_help_waits_for_no_large_package():
+    """It is imported by the functions that use it: importing all scripts loads none of them."""
+    scripts = ", ".join(sorted(path.stem for path in ROOT.glob("*.py")))
+    large = ("torch", "torchvision", "openvino", "av", "cv2", "pandas", "matplotlib", "selenium", "scipy")
+    code = f"import sys, {scripts}; print(*[name for name in {large} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "\n"
