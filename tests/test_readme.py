@@ -85,9 +85,7 @@ def make_photos(folder):
         people = [montage.crop((x, y, x + 480, y + 480)) for x in (0, 480) for y in (0, 480)]
     for label, name in enumerate(shared.EMOTIONS):
         (folder / "data" / "google" / name).mkdir(parents=True)
-        for number, person in enumerate(
-            people
-        ):  # heads held aslant, so that no face is another's near-duplicate
+        for number, person in enumerate(people):  # heads aslant: no face is another's near-duplicate
             person.rotate(12 * (label - 2)).save(folder / "data" / "google" / name / f"{number}.jpg")
     write_video(folder / "clip.mp4", [people[0]] * 5)
 
