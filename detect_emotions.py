@@ -925,7 +925,7 @@ class Summary:
         tracks["emotion"] = shares.idxmax(axis=1) if len(shares) else ""
         return tracks.round(3).join(shares.add_prefix("share_").round(4)).reset_index()
 
-    def print(self, path: Path, as_json: bool) -> None:
+    def print_line(self, path: Path, as_json: bool) -> None:
         """Print file, tracks and length, top emotion and its share; on stderr, that no face was found."""
         if not self.seen:
             tqdm.write(f"{path}: no face found", file=sys.stderr)
@@ -1251,7 +1251,7 @@ def main(argv: list[str] | None = None) -> None:
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
                     summary = label_video(video, outputs, kit, follow=follow, emit=emit, window=window)
-                summary.print(source.path, args.json)
+                summary.print_line(source.path, args.json)
                 if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
         except BrokenPipeError:

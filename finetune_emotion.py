@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-SPLITS = ("train", "val", "test")  # of FER
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
 OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a photo, in the table's order
 # Of 64 bits. In 2,239 scraped faces all 23 pairs looked at up to 4 bits apart are one picture, half of the 8
@@ -137,10 +136,11 @@ def cut_photos(
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
-            crop_path.unlink(missing_ok=True)
             if face:
                 with shared.replacing(crop_path) as temporary:
                     face.save(temporary, "PNG")
+            else:
+                crop_path.unlink(missing_ok=True)
             known[photo] = record | found
             index.write(json.dumps(known[photo]) + "\n")
             index.flush()
@@ -537,6 +537,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     add("--no-mix", dest="mix", action="store_const", const=None, help="neither learn nor judge FER's faces")
     share_help = "FER's faces for each photo's, 0: only judge on them"
     add("--mix-share", type=points, default=2.0, metavar="X", help=share_help)
+    size_help = f"{shared.OPTIONS['image_size']['help']} (default: that of --init)"
+    add("--image-size", **(shared.OPTIONS["image_size"] | {"help": size_help}))
     loss_help = "of accuracy on FER's val that the best model may have lost"
     add("--max-loss", type=points, default=1.0, metavar="POINTS", help=loss_help)
     add("--review", action="store_true", help="do not train, write review.html: the labels that look wrong")
@@ -545,7 +547,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     shared.add_options(
         parser,
         unfreeze=["layer4", "fc"],
-        image_size=None,
         epochs=4,
         batch_size=64,
         lr=1e-4,
@@ -601,7 +602,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         return
 
-    fer = {name: shared.load_faces(args.mix / name, classes, args.limit)[:2] for name in SPLITS if args.mix}
+    fer = {
+        name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
+        for name in shared.SPLITS
+        if args.mix
+    }
     train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
     val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
     sizes["val"] = shared.count_labels(val.labels, classes)

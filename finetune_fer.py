@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SPLITS = ("train", "val", "test")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
 
 
@@ -180,7 +179,7 @@ def report_split(
 
     classes, image_size = checkpoint["classes"], checkpoint["image_size"]
     faces = load_split(data_dir / split, classes, limit)
-    folders = [data_dir / other for other in SPLITS if other != split]
+    folders = [data_dir / other for other in shared.SPLITS if other != split]
     others = torch.cat([shared.load_faces(folder, find_classes(folder))[0] for folder in folders])
     sure = faces.votes.gather(1, faces.labels[:, None])[:, 0] >= SURE_VOTES
     subsets = {
@@ -216,8 +215,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         data_dir="data/fer",
         out_dir="runs/fer",
         init=Path("runs/gray/best.pt"),
-        emotions=list(shared.EMOTIONS),
     )
+    kept_help = "what the model keeps of all that it learns"
+    add("--emotions", nargs="+", default=shared.EMOTIONS, metavar="NAME", help=kept_help)
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train, report how good this one is")
     add("--split", choices=("val", "test"), default="test", help="what --evaluate looks at")
     vote_help = "share of a target that comes from FER+'s votes, if they were unpacked"
@@ -254,11 +254,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    judge = functools.partial(
+    report_on = functools.partial(
         report_split, args.data_dir, args.out_dir, batch_size=args.batch_size, limit=args.limit, device=device
     )
     if args.evaluate:
-        judge(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
+        report_on(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
     learned = find_classes(args.data_dir / "train")
     kept = pick_classes(learned, args.emotions)
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     accuracy = best["metrics"]["val_acc"]
     print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
-    judge(best, "test")
+    report_on(best, "test")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 # --- constants ---
 
+SPLITS = ("train", "val", "test")  # of FER, unpacked: val picks, test reports
 EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
 RESOURCES = Path(__file__).parent / "resources"
 DEFAULT_MODEL = RESOURCES / "emotion_resnet50.pt"
@@ -88,8 +89,7 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """
     temporary = path.with_name(f".emotion-{secrets.token_hex(8)}.tmp")
     try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield temporary
@@ -97,9 +97,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:  # Ctrl-C too
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
     except OSError as error:
         if error.errno is None or isinstance(error, BrokenPipeError):  # it has its message; it is stdout's
             raise
@@ -234,7 +233,7 @@ def from_pixels(network: nn.Module, mean: float, std: float) -> nn.Module:
     return FromPixels()
 
 
-class Source(NamedTuple):
+class Blueprint(NamedTuple):
     """What an engine is made of, asked for only where there is no converted one."""
 
     network: nn.Module  # takes and returns batches
@@ -250,14 +249,14 @@ class Engine:
     Not to be called by two threads at once.
 
     Attributes:
-        notes: those of its source.
+        notes: those of its blueprint.
     """
 
     def __init__(
         self,
         name: str,
         key: bytes,
-        build: Callable[[], Source],
+        build: Callable[[], Blueprint],
         device: torch.device | str,
         *,
         any_size: bool = False,
@@ -267,8 +266,8 @@ class Engine:
 
         Args:
             name: of its folder in the cache, see CACHED.
-            key: stands for all on which the source depends, beside this file.
-            build: makes the source.
+            key: stands for all on which the blueprint depends, beside this file.
+            build: makes the blueprint.
             device: where it runs.
             any_size: H and W may vary from call to call.
             fast: use bfloat16 on a CPU that is fast at it.
@@ -291,22 +290,22 @@ class Engine:
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
 
-def _torch_engine(source: Source, device: torch.device | str) -> tuple[Callable, dict]:
+def _torch_engine(blueprint: Blueprint, device: torch.device | str) -> tuple[Callable, dict]:
     """Return the function that runs a network by torch, and the notes."""
     import torch
 
-    network = source.network.eval().to(device, memory_format=torch.channels_last)
+    network = blueprint.network.eval().to(device, memory_format=torch.channels_last)
 
     def infer(images: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
             outputs = network(torch.from_numpy(images).to(device))
         return [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
-    return infer, source.notes
+    return infer, blueprint.notes
 
 
 def _openvino_engine(
-    name: str, key: bytes, build: Callable[[], Source], any_size: bool, fast: bool
+    name: str, key: bytes, build: Callable[[], Blueprint], any_size: bool, fast: bool
 ) -> tuple[Callable, dict] | None:
     """Return the function that runs a network by OpenVINO, and the notes; None where it is not installed."""
     sys.modules.setdefault("openvino_telemetry", None)  # it would report each import to Google Analytics
@@ -331,9 +330,9 @@ def _openvino_engine(
     try:
         compiled, notes = compile_kept()
     except (RuntimeError, ValueError, LookupError):  # not there, or damaged
-        source = build()
-        notes = {**source.notes, "digest": digest}
-        model = _convert(source, any_size)
+        blueprint = build()
+        notes = {**blueprint.notes, "digest": digest}
+        model = _convert(blueprint, any_size)
         model.set_rt_info(json.dumps(notes), "emotion_detector")
         try:
             _keep(model, folder)
@@ -350,16 +349,16 @@ def _openvino_engine(
     return infer, notes
 
 
-def _convert(source: Source, any_size: bool) -> openvino.Model:  # noqa: F821
+def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F821
     """Convert a network to OpenVINO's form, for batches of any length."""
     import openvino
 
-    height, width, channels = source.example.shape[1:]
+    height, width, channels = blueprint.example.shape[1:]
     shape = (-1, -1, -1, channels) if any_size else (-1, height, width, channels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that tracing will go some day
         return openvino.convert_model(
-            source.network.eval(), example_input=source.example, input=[openvino.PartialShape(shape)]
+            blueprint.network.eval(), example_input=blueprint.example, input=[openvino.PartialShape(shape)]
         )
 
 
@@ -527,12 +526,12 @@ def _mtcnn_engine(name: str, size: int | None, device: torch.device | str) -> En
     """Load PNet, RNet or ONet, for square images of `size` pixels or, without, images of any size."""
     package = Path(importlib.util.find_spec("facenet_pytorch").origin).parent  # imported only if need be
 
-    def build() -> Source:
+    def build() -> Blueprint:
         import facenet_pytorch
         import torch
 
         example = torch.zeros(2, size or 64, size or 64, 3, dtype=torch.uint8)
-        return Source(from_pixels(getattr(facenet_pytorch, name)(), 127.5, 128), example, {})
+        return Blueprint(from_pixels(getattr(facenet_pytorch, name)(), 127.5, 128), example, {})
 
     key = (package / "data" / f"{name.lower()}.pt").read_bytes()
     is_fast = name != "ONet"  # which has the last word on a few faces; the others only propose
@@ -1538,7 +1537,7 @@ class Classifier:
     def __init__(self, path: Path, device: torch.device | str):
         """Read a checkpoint of finetune_fer.py or finetune_emotion.py; raises as `load_checkpoint`."""
 
-        def build() -> Source:
+        def build() -> Blueprint:
             import torch
 
             checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
@@ -1547,7 +1546,7 @@ class Classifier:
             notes = {
                 name: checkpoint[name] for name in ("classes", "image_size", "crop_margin", "temperature")
             }
-            return Source(network, torch.zeros(2, size, size, 1), notes)
+            return Blueprint(network, torch.zeros(2, size, size, 1), notes)
 
         key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
@@ -1638,8 +1637,11 @@ _SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(floa
 OPTIONS = {
     "data_dir": {"type": Path, "metavar": "DIR", "help": "folder of images"},
     "out_dir": {"type": Path, "metavar": "DIR", "help": "folder to write into"},
-    "emotions": {"nargs": "+", "metavar": "NAME", "help": "classes"},
-    "init": {"type": Path, "metavar": "CHECKPOINT", "help": "start from this best.pt of an earlier stage"},
+    "init": {
+        "type": Path,
+        "metavar": "CHECKPOINT",
+        "help": "best.pt of an earlier stage or run to start from",
+    },
     "resume": {
         "type": Path,
         "metavar": "CHECKPOINT",

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LABELS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")  # FER's 0 to 6
-SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
+USAGES = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
 # FER+'s column for each of LABELS; its contempt, unknown and "no face" are left out.
 VOTES = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
 SIZE = 48  # pixels a side
@@ -141,9 +141,9 @@ def parse_row(line: bytes, index: int, columns: list[str]) -> Row:
     label, usage = fields["emotion"].decode("latin-1"), fields.get("usage", b"Training").decode("latin-1")
     if label not in {str(number) for number in range(len(LABELS))}:
         raise ValueError(f"label {label[:20]!r}, expected 0 to {len(LABELS) - 1}")
-    if usage not in SPLITS:
-        raise ValueError(f"Usage {usage[:20]!r}, expected {', '.join(SPLITS)}")
-    return Row(index, SPLITS[usage], LABELS[int(label)], parse_pixels(fields["pixels"]))
+    if usage not in USAGES:
+        raise ValueError(f"Usage {usage[:20]!r}, expected {', '.join(USAGES)}")
+    return Row(index, USAGES[usage], LABELS[int(label)], parse_pixels(fields["pixels"]))
 
 
 def read_rows(file: BinaryIO, columns: list[str], limit: int | None) -> Iterator[tuple[int, Row | str]]:
@@ -212,14 +212,14 @@ def read_votes(ferplus: Path) -> pd.DataFrame:
 
 def find_images(out_dir: Path) -> list[Path]:
     """List the images that are named as this script names them."""
-    folders = [out_dir / split / label for split in SPLITS.values() for label in LABELS]
+    folders = [out_dir / split / label for split in USAGES.values() for label in LABELS]
     paths = [path for folder in folders for path in folder.glob("*.png")]
     return [path for path in paths if len(path.stem) >= 5 and path.stem.isdecimal()]
 
 
 def count_images(out_dir: Path) -> dict:
     """Return the `counts` of images on disk by split and emotion, and the `bytes` they take."""
-    counts = {split: dict.fromkeys(LABELS, 0) for split in SPLITS.values()}
+    counts = {split: dict.fromkeys(LABELS, 0) for split in USAGES.values()}
     paths = find_images(out_dir)
     for path in paths:
         counts[path.parts[-3]][path.parts[-2]] += 1
@@ -259,7 +259,7 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
         for folder in {path.parent for path in images}:
             with contextlib.suppress(OSError):  # it holds other files too
                 folder.rmdir()  # an empty folder would pass for a class
-    for split in SPLITS.values():
+    for split in USAGES.values():
         for emotion in source["emotions"]:
             (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
     claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
@@ -294,7 +294,7 @@ def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwr
                     write_png(written[row.index], row.image)
     rows = pd.DataFrame(found, columns=["row", "split", "emotion", "digest"]).set_index("row")
     if ferplus:
-        if (votes["Usage"].map(SPLITS).reindex(rows.index) != rows["split"]).any():
+        if (votes["Usage"].map(USAGES).reindex(rows.index) != rows["split"]).any():
             raise ValueError(f"{ferplus} is not row for row with the faces; get both files anew")
         votes = votes.loc[rows.index, list(VOTES)].set_axis(LABELS, axis="columns")
         with shared.replacing(out_dir / "votes.csv") as temporary:

@@ -675,7 +675,7 @@ def test_summary_counts_the_seconds_of_each_emotion(capsys):
         "share_surprised": 0,
     }
     assert list(second.values())[:5] == [2, 0.8, 1, 0.2, "angry"]
-    summary.print(Path("x.mp4"), as_json=False)
+    summary.print_line(Path("x.mp4"), as_json=False)
     assert capsys.readouterr().out == "x.mp4\t2 tracks, 1.0 s\thappy\t0.50\n"
 
 

@@ -217,7 +217,7 @@ def test_engine_runs_more_than_a_batch_and_none():
     torch.manual_seed(0)
     example = torch.zeros(2, 24, 24, 3, dtype=torch.uint8)
     engine = shared.Engine(
-        "small", b"seed 0", lambda: shared.Source(Small(), example, {"name": "small"}), "cpu"
+        "small", b"seed 0", lambda: shared.Blueprint(Small(), example, {"name": "small"}), "cpu"
     )
     assert engine.notes["name"] == "small"
     crops = np.random.default_rng(0).integers(0, 256, (2 * shared.MAX_BATCH + 5, 24, 24, 3), np.uint8)

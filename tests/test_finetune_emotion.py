@@ -297,7 +297,7 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
     is_val = torch.arange(13) >= 10
     faces = finetune_emotion.LabelledFaces([], [], images, labels, torch.arange(13), is_val, is_val)
     random = torch.randint(0, 256, (3, 5, 1, 48, 48), generator=torch.Generator().manual_seed(0)).byte()
-    fer = dict(zip(finetune_emotion.SPLITS, [(part, torch.ones(5).long()) for part in random], strict=True))
+    fer = dict(zip(shared.SPLITS, [(part, torch.ones(5).long()) for part in random], strict=True))
     net = shared.gray_resnet(ARCH, 2)
     data, sizes = finetune_emotion.training_data(net, faces, fer, batches, classes=CLASSES, mix_share=0.5)
     assert sizes == {"train": "10 images (angry 10, happy 0)", "FER": "5 images (angry 0, happy 5)"}
