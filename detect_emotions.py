@@ -974,8 +974,7 @@ class Summary:
             axes[0, 1].set_title("no face", loc="left", fontsize=9)
         keys = [Patch(color=colors[name], label=name) for name in self.classes]
         figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False)
-        with shared.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(path, dpi=120, format="png")
 
 
 def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
