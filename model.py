@@ -34,10 +34,12 @@ import os
 import re
 import secrets
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.optim.swa_utils import AveragedModel
 
 # --- constants ---
 
@@ -733,6 +736,18 @@ def gray_resnet(arch: str, num_classes: int) -> nn.Module:
     return net
 
 
+def add_heads(net: nn.Module, count: int) -> None:
+    """Put `count` copies of the head beside it: logits (N, C) become (N, (1 + count) * C)."""
+    import torch
+    from torch import nn
+
+    with torch.no_grad():
+        heads = nn.Linear(net.fc.in_features, net.fc.out_features * (1 + count))
+        heads.weight.copy_(net.fc.weight.repeat(1 + count, 1))
+        heads.bias.copy_(net.fc.bias.repeat(1 + count))
+    net.fc = heads
+
+
 def freeze_except(net: nn.Module, trained: Sequence[str]) -> None:
     """Let only the named children of `net` learn; `train_mode` keeps the rest's BatchNorm still as well.
 
@@ -760,6 +775,11 @@ def train_mode(net: nn.Module) -> None:
 
 
 # --- data ---
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
@@ -796,15 +816,14 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Te
         image = open_picture(path, mode, draft=size)
         side, target = min(image.size), size or side_of_first
         x, y = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (target, target):
-            image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
+        if image.size != (target, target):  # enlarged as `normalize_faces` enlarges
+            how = Image.Resampling.LANCZOS if side > target else Image.Resampling.BILINEAR
+            image = image.resize((target, target), how, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
     side_of_first = size or min(open_picture(paths[0]).size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = list(
-            tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
-        )
+    bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
+    arrays = list(bar)
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -824,6 +843,106 @@ def load_faces(
     paths = spread([path for name in classes for path in list_images(folder / name)], limit)
     labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
     return load_images(paths, "L"), labels, paths
+
+
+class Source(NamedTuple):
+    """A collection of faces."""
+
+    folder: Path
+    weight: float = 1.0  # how often its faces are drawn
+
+
+def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
+    """Parse each DIR or DIR=WEIGHT into a source; return them by the folder's name.
+
+    Raises:
+        ValueError: a folder is not there, a weight is no number above 0, or two folders have one name.
+    """
+    sources = {}
+    for text in texts:
+        folder, equals, weight = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            folder, weight = text, "1"
+        try:
+            source = Source(Path(folder), float(weight))
+        except ValueError:
+            raise ValueError(f"{text} is no source of faces, expected DIR or DIR=WEIGHT, a number") from None
+        if not source.folder.is_dir() or not 0 < source.weight < math.inf:
+            raise ValueError(f"{text} is no source of faces, expected a folder and a weight above 0")
+        name = source.folder.resolve().name
+        if name in sources:
+            raise ValueError(f"{folder} and {sources[name].folder} have one name; rename one of them")
+        sources[name] = source
+    return sources
+
+
+def find_classes(folder: Path) -> list[str]:
+    """List the emotions that a source has a folder for, sorted.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if len(classes) < 2:
+        raise ValueError(f"{root} has {len(classes)} emotion folders, expected 2 or more, each with images")
+    return classes
+
+
+def list_split(
+    folder: Path, split: str, classes: Sequence[str], limit: int | None = None
+) -> tuple[Sequence[Path], Tensor]:
+    """List a split's faces, from `folder`/<split>/<class>/* or, if it has no train/, from `folder`/<class>/*.
+
+    Splits that a folder lacks are made by the content of its files, so that no run learns what another is
+    judged by: one tenth is val and, without train/, another one test.
+
+    Returns:
+        N paths, maybe none, and their labels (N,) int64, indices of `classes`.
+    """
+    import torch
+
+    if not (folder / "train").is_dir():
+        root, tenths = folder, {"train": range(2, 10), "val": range(1), "test": range(1, 2)}[split]
+    elif split == "test" or (folder / "val").is_dir():
+        root, tenths = folder / split, range(10)
+    else:
+        root, tenths = folder / "train", {"train": range(1, 10), "val": range(1)}[split]
+    paths = [path for name in classes if (root / name).is_dir() for path in list_images(root / name)]
+    if len(tenths) < 10:
+        paths = [path for path in paths if int(file_digest(path), 16) % 10 in tenths]
+    paths = spread(paths, limit)
+    labels = [classes.index(path.relative_to(root).parts[0]) for path in paths]
+    return paths, torch.tensor(labels, dtype=torch.int64)
+
+
+def vary_outline(images: Tensor) -> Tensor:
+    """Return gray faces (N, 1, S, S) uint8 whose black surroundings, if they have some, vary.
+
+    Some collections cut their faces out along the outline. So that a network does not learn the cut, a third
+    of these stay black, a third get one level of gray, and a third go on as the pixels at their edge.
+    """
+    import torch
+    from scipy import ndimage
+
+    def vary(image: np.ndarray) -> np.ndarray:
+        dark, _ = ndimage.label(np.pad(image, 1) <= 8)  # what the added frame is connected with
+        outside = (dark == dark[0, 0])[1:-1, 1:-1]
+        if not 0.05 < outside.mean() < 0.8:
+            return image
+        random = np.random.default_rng(zlib.crc32(image))
+        how = random.integers(3)
+        if how == 1:
+            return np.where(outside, random.integers(256), image).astype(np.uint8)
+        if how == 2:
+            outside = ndimage.binary_dilation(outside, iterations=2)  # stored lossily, the edge is blurred
+            rows, columns = ndimage.distance_transform_edt(
+                outside, return_distances=False, return_indices=True
+            )
+            return image[rows, columns]
+        return image
+
+    return torch.from_numpy(np.stack(list(_threads().map(vary, images[:, 0].numpy()))))[:, None]
 
 
 def count_labels(labels: Tensor, classes: Sequence[str]) -> str:
@@ -874,33 +993,35 @@ def warp(
 
 
 def compress(images: Tensor, quality: int) -> Tensor:
-    """Store uint8 images (N, 1, H, W) as JPEG and read them again."""
+    """Store uint8 images (N, 1, H, W), on the CPU, as JPEG and read them again."""
     import torch
 
-    stored = []
-    for image in images[:, 0].cpu().numpy():
+    def store(image: np.ndarray) -> np.ndarray:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        stored.append(np.asarray(Image.open(buffer)))
-    return torch.from_numpy(np.stack(stored))[:, None].to(images.device)
+        return np.asarray(Image.open(buffer))
+
+    return torch.from_numpy(np.stack(list(_threads().map(store, images[:, 0].numpy()))))[:, None]
 
 
-def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Turn uint8 faces (N, 1, H, W) into varied, normalised network input (N, 1, size, size).
+def augment_faces(
+    images: Tensor, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Turn uint8 faces (N, 1, H, W), on the CPU, into varied, normalised input (N, 1, size, size).
 
     JPEG artefacts (a quarter of the images), coarsening (a quarter), mirroring, rotation, shift, scaling,
-    contrast, brightness, and cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here,
-    cover how detectors crop.
+    contrast, brightness, light from one side, one level around the outline of the face (an eighth), and
+    cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here, cover how detectors crop.
     """
     import torch
     import torch.nn.functional as F
 
-    n, device = len(images), images.device
+    n = len(images)
     stored = torch.rand(n, generator=generator) < 1 / 4
     if stored.any():
         images = images.clone()
         images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
-    images = images.float() / 255
+    images = images.to(device).float() / 255
     coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
         coarse_size = int(torch.randint(16, 40, (1,), generator=generator))
@@ -909,12 +1030,21 @@ def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tens
     images = warp(images, size, generator, degrees=15, shift=0.1, zoom=(0.7, 1.15))
     contrast = _uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
     brightness = _uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
+    side = torch.linspace(0, 1, size)
+    slopes = _uniform((n, 2, 1), -0.3, 0.3, generator) * (side - 0.5)  # (N, 2, size)
+    light = (slopes[:, 0, :, None] + slopes[:, 1, None, :])[:, None].to(device)
     means = images.mean((1, 2, 3), keepdim=True)
-    images = ((images - means) * contrast + means + brightness).clamp(0, 1)
+    images = ((images - means) * contrast + means + brightness + light).clamp(0, 1)
+    center, radius = _uniform((n, 2, 1), 0.45, 0.55, generator), _uniform((n, 2, 1), 0.38, 0.55, generator)
+    distance = ((side - center) / radius).square()
+    outside = (distance[:, 0, :, None] + distance[:, 1, None, :])[:, None] > 1
+    outside &= torch.rand((n, 1, 1, 1), generator=generator) < 1 / 8
+    level = _uniform((n, 1, 1, 1), -1, 1, generator).clamp(0, 1)  # black for half of them
+    images = torch.where(outside.to(device), level.to(device), images)
     images = (images - GRAY_MEAN) / GRAY_STD
     center, half = _uniform((n, 2, 1), 0, 1, generator), _uniform((n, 2, 1), 0.1, 0.25, generator)
     half *= torch.rand((n, 1, 1), generator=generator) < 0.5  # the other half stays whole
-    covers = (torch.linspace(0, 1, size) - center).abs() < half  # (N, 2, size)
+    covers = (side - center).abs() < half  # (N, 2, size)
     hole = covers[:, 0, :, None] & covers[:, 1, None, :]
     return images.masked_fill(hole[:, None].to(device), 0)
 
@@ -927,18 +1057,21 @@ def normalize_faces(images: Tensor, size: int) -> Tensor:
     return (images - GRAY_MEAN) / GRAY_STD
 
 
-def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> Tensor:
-    """Draw an epoch's order, as many indices (N,) as labels, by systematic sampling.
+def epoch_order(
+    groups: Tensor, balance: float, generator: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
+    """Draw an epoch's order, as many indices (N,) as group numbers, by systematic sampling.
 
-    A class of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes exactly once,
-    with 1 all classes come equally often. Images of a class differ in their number of draws by 1 at most.
+    A group (a class, say) of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes
+    exactly once, with 1 all groups come equally often. Images of a group differ in their number of draws by 1
+    at most. `weights` (N,) then make an image come more often or less.
     """
     import torch
 
-    n = len(labels)
+    n = len(groups)
     shuffled = torch.randperm(n, generator=generator)
-    counts = torch.bincount(labels).double()
-    weights = counts[labels[shuffled]] ** -balance
+    counts = torch.bincount(groups).double()
+    weights = counts[groups[shuffled]] ** -balance * (1 if weights is None else weights[shuffled])
     positions = (torch.arange(n) + 0.5) / n * weights.sum()
     drawn = torch.searchsorted(weights.cumsum(0), positions.double()).clamp(max=n - 1)
     return shuffled[drawn][torch.randperm(n, generator=generator)]
@@ -952,8 +1085,10 @@ class FaceBatches:
     Args:
         images: (N, 1, S, S) uint8.
         labels: (N,) int64.
-        targets: (N, C) float32 shares of the classes, learned in the labels' place.
+        targets: (N, ...) float32 shares of the classes, learned in the labels' place.
         balance: see `epoch_order`.
+        groups: (N,) int64, what is balanced (default: the labels).
+        weights: (N,) float, how often a face comes.
         mixup: 0 for none; else, with targets, blend a batch's images each with another, by shares from
             Beta(mixup, mixup). Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
@@ -968,25 +1103,29 @@ class FaceBatches:
         *,
         targets: Tensor | None = None,
         balance: float = 0.0,
+        groups: Tensor | None = None,
+        weights: Tensor | None = None,
         mixup: float = 0.0,
         seed: int = 0,
     ):
         self.images, self.labels, self.device = images, labels, device
         self.targets = labels if targets is None else targets
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self.balance, self.mixup = balance, mixup
+        self.balance, self.groups, self.weights = balance, labels if groups is None else groups, weights
+        self.mixup = mixup
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, C)."""
+        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, ...)."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         random = np.random.default_rng((self.seed, epoch))
-        for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
-            images = augment_faces(self.images[indices].to(self.device), self.image_size, generator)
+        order = epoch_order(self.groups, self.balance, generator, self.weights)
+        for indices in order.split(self.batch_size):
+            images = augment_faces(self.images[indices], self.image_size, generator, self.device)
             targets = self.targets[indices].to(self.device)
             if self.mixup:
                 share = random.beta(self.mixup, self.mixup)
@@ -1004,6 +1143,7 @@ class FaceBatches:
 # --- judging ---
 
 FIGURES = ("loss", "acc", "mean_recall", "ece")  # of `judge`, the single numbers
+ENOUGH = 200  # faces to fit a temperature to; a handful gave 0.055 or 20
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -1012,18 +1152,37 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
     return counts.reshape(num_classes, -1)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature that minimises the cross-entropy of logits (N, C) divided by it, within 0.05-20.
+def among(logits: Tensor, labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return logits (n, len(chosen)) and labels (n,) of the faces that are of the chosen classes alone."""
+    import torch
+
+    place = torch.full((logits.shape[1],), -1)
+    place[list(chosen)] = torch.arange(len(chosen))
+    is_chosen = place[labels] >= 0
+    return logits[is_chosen][:, list(chosen)], place[labels[is_chosen]]
+
+
+def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], parent: float) -> float:
+    """Find the temperature that minimises the cross-entropy of logits divided by it, within 0.5-5.
+
+    Args:
+        sets: logits (N, C) and labels (N,) of one or several sources; all count alike, whatever their size.
+        parent: what the network that training began with has; returned if there are under ENOUGH faces.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
     import torch.nn.functional as F
     from scipy.optimize import minimize_scalar
 
-    def loss(log_temperature: float) -> float:
-        return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+    sets = [(logits, labels) for logits, labels in sets if len(labels)]
+    if sum(len(labels) for _, labels in sets) < ENOUGH:
+        return parent
 
-    bounds = (math.log(0.05), math.log(20))
+    def loss(log_temperature: float) -> float:
+        scale = math.exp(-log_temperature)
+        return sum(F.cross_entropy(logits * scale, labels).item() for logits, labels in sets)
+
+    bounds = (math.log(0.5), math.log(5))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
 
 
@@ -1110,7 +1269,7 @@ def report(
             print(f"{split}, {name}: {line(figures)}")
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    plotreliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
+    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
 
@@ -1157,7 +1316,7 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
+def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
     """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG."""
     from matplotlib.figure import Figure
 
@@ -1226,6 +1385,8 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
     if checkpoint["stage"] not in stages:
         expected = " or ".join(repr(stage) for stage in stages)
         raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+    checkpoint.setdefault("default_classes", checkpoint["classes"])
+    checkpoint.setdefault("temperature_all", checkpoint.setdefault("temperature", 1.0))
     checkpoint["model"] = {
         name: value.float() if value.is_floating_point() else value
         for name, value in checkpoint["model"].items()
@@ -1280,7 +1441,7 @@ class Run:
     stage: str
     arch: str
     classes: Sequence[str]  # that the network learns
-    kept: Sequence[str]  # that the best checkpoint tells apart, some of `classes`
+    default_classes: Sequence[str]  # that it tells apart unless asked for more, some of `classes`
     image_size: int
     crop_margin: float
     config: dict  # the options, see `plain_config`
@@ -1317,31 +1478,30 @@ class Run:
         print(f"if it stops, go on with --resume {last}, written after every epoch", flush=True)
 
     def save_best(self, net: nn.Module, history: list[dict]) -> None:
-        """Write the best checkpoint: the head keeps the rows of `kept`."""
+        """Write the best checkpoint: of several heads (see `several_heads`), it keeps the first."""
         weights = dict(net.state_dict())
-        if list(self.kept) != list(self.classes):
-            rows = [self.classes.index(name) for name in self.kept]
-            weights |= {name: weights[name][rows] for name in ("fc.weight", "fc.bias")}
-        self._save(self.best_name, self.kept, half_precision(weights), history)
+        for name in {"fc.weight", "fc.bias"} & weights.keys():
+            weights[name] = weights[name][: len(self.classes)].clone()
+        self._save(self.best_name, half_precision(weights), history)
 
     def save_last(self, net: nn.Module, history: list[dict], **training_state: dict) -> None:
         """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
-        self._save("last.pt", self.classes, net.state_dict(), history, **training_state)
+        self._save("last.pt", net.state_dict(), history, **training_state)
         with replacing(self.out_dir / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(past) + "\n" for past in history), encoding="utf-8")
 
-    def _save(
-        self, name: str, classes: Sequence[str], weights: dict, history: list[dict], **training_state: dict
-    ) -> None:
+    def _save(self, name: str, weights: dict, history: list[dict], **training_state: dict) -> None:
         record = history[-1]
         checkpoint = {
             "stage": self.stage,
             "arch": self.arch,
-            "classes": list(classes),
+            "classes": list(self.classes),
+            "default_classes": list(self.default_classes),
             "image_size": self.image_size,
             "crop_margin": self.crop_margin,
             "config": self.config,
             "temperature": record.get("temperature", 1.0),
+            "temperature_all": record.get("temperature_all", 1.0),
             "epoch": record["epoch"],
             "metrics": record,
             "history": history,
@@ -1386,7 +1546,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def learning_rate(progress: float, lr: float, warmup: float) -> float:
+def learning_rate(progress: float, lr: float, warmup: float = 0.05) -> float:
     """Cosine schedule with linear warm-up; `progress` and `warmup` are shares of the run, 0-1."""
     if progress < warmup:
         return lr * progress / warmup
@@ -1406,6 +1566,67 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
     )
 
 
+def average_weights(net: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of `net` that becomes the exponential moving average of its weights, BatchNorm's too.
+
+    In the first steps it forgets faster, (1 + n) / (10 + n) after n of them, so that a short run's average is
+    not what training began with. Source: the ramp of TensorFlow's ExponentialMovingAverage.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    def update(averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
+
+    return AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+
+
+def train_epoch(
+    net: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    data: FaceBatches,
+    optimizer: torch.optim.Optimizer,
+    averaged: AveragedModel | None,
+    *,
+    schedule: Schedule,
+    epoch: int,
+) -> dict[str, float]:
+    """Train `net`, and `averaged`, for an epoch; return its number, last learning rate, mean loss and speed.
+
+    Raises:
+        ValueError: the loss is not finite any more.
+    """
+    import torch
+
+    train_mode(net)
+    start, seen, total_loss = time.perf_counter(), 0, 0.0
+    title = f"epoch {epoch}/{schedule.epochs}"
+    with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
+        for inputs, targets in data.train(epoch):
+            middle = (seen + len(inputs) / 2) / len(
+                data
+            )  # of this step: neither the first nor the last is of 0
+            lr = learning_rate((epoch - 1 + middle) / schedule.epochs, schedule.lr)
+            seen += len(inputs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with autocast(inputs.device):
+                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averaged:
+                averaged.update_parameters(net)
+            total_loss += loss.item() * len(inputs)
+            if not math.isfinite(total_loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {schedule.lr}"
+                )
+            bar.update(len(inputs))
+            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
+    speed = seen / (time.perf_counter() - start)
+    return {"epoch": epoch, "lr": lr, "train_loss": total_loss / seen, "images_per_s": speed}
+
+
 def fit(
     net: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -1417,7 +1638,7 @@ def fit(
     schedule: Schedule,
     resume: dict | None = None,
 ) -> list[dict]:
-    """Train `net` in place; return one record an epoch: epoch, lr, train_loss, `validate`'s, images_per_s.
+    """Train `net` in place; return one record an epoch: `train_epoch`'s figures and `validate`'s.
 
     Every stage runs this loop: they differ in data, criterion, `validate` and which parameters train.
 
@@ -1431,12 +1652,8 @@ def fit(
     Raises:
         ValueError: the loss is not finite any more.
     """
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    epochs, lr, weight_decay, ema = schedule
-    optimizer = build_optimizer(net, weight_decay)
-    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    optimizer = build_optimizer(net, schedule.weight_decay)
+    averaged = average_weights(net, schedule.ema) if schedule.ema else None
     history = []
     if resume:
         history = resume["history"]
@@ -1444,33 +1661,13 @@ def fit(
         net.load_state_dict(resume["model"])
         if averaged:
             averaged.load_state_dict(resume["averaged"])
-    for epoch in range(len(history) + 1, epochs + 1):
-        train_mode(net)
-        start, seen, total_loss = time.perf_counter(), 0, 0.0
-        bar = tqdm(total=len(data), desc=f"epoch {epoch}/{epochs}", unit="image", disable=None, leave=False)
-        for inputs, targets in data.train(epoch):
-            current_lr = learning_rate((epoch - 1 + seen / len(data)) / epochs, lr, warmup=0.05)
-            for group in optimizer.param_groups:
-                group["lr"] = current_lr
-            with autocast(inputs.device):
-                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if averaged:
-                averaged.update_parameters(net)
-            total_loss += loss.item() * len(inputs)
-            if not math.isfinite(total_loss):
-                raise ValueError(f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {lr}")
-            seen += len(inputs)
-            bar.update(len(inputs))
-            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
-        bar.close()
-        speed = seen / (time.perf_counter() - start)
+    for epoch in range(len(history) + 1, schedule.epochs + 1):
+        record = train_epoch(net, criterion, data, optimizer, averaged, schedule=schedule, epoch=epoch)
         judged = averaged.module if averaged else net
-        record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **validate(judged)}
-        history.append({**record, "images_per_s": speed})
-        print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
+        record |= validate(judged)
+        record["images_per_s"] = record.pop("images_per_s")  # the last column
+        history.append(record)
+        print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         if score(record) == max(map(score, history)):
             run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
@@ -1478,39 +1675,67 @@ def fit(
     return history
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean cross-entropy of logits (n, H * C) of H heads and targets (n, H, C) or (n, C).
+
+    A target's sum is how much its head matters, 0 for a head that does not learn from the face.
+    `label_smoothing` is the share that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+    """
+    weights = targets.sum(-1, keepdim=True)
+    smooth = (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1] * weights
+    return -(smooth * logits.view(targets.shape).log_softmax(-1)).flatten(1).sum(1).mean()
+
+
+def judge_sources(net: nn.Module, sets: dict[str, FaceBatches], run: Run, parent: dict) -> dict[str, float]:
+    """Judge the first head on each source's val faces; return the means over the sources and temperatures.
+
+    Args:
+        sets: by source; labels are indices of `run.classes`.
+        parent: the checkpoint that training began with, see `fit_temperature`.
+    """
+    chosen = [run.classes.index(name) for name in run.default_classes]
+    outputs = {name: evaluate(net, faces.eval()) for name, faces in sets.items()}
+    outputs = {name: (logits[:, : len(run.classes)], labels) for name, (logits, labels) in outputs.items()}
+    default = {name: among(logits, labels, chosen) for name, (logits, labels) in outputs.items()}
+    temperature = fit_temperature(default.values(), parent["temperature"])
+    judged = {
+        name: judge(logits, labels, temperature, run.default_classes)
+        for name, (logits, labels) in default.items()
+        if len(labels)
+    }
+    record = {f"val_{name}": statistics.fmean(part[name] for part in judged.values()) for name in FIGURES}
+    if len(sets) > 1:
+        record |= {f"{name}_acc": figures["acc"] for name, figures in judged.items()}
+    record["temperature"] = temperature
+    record["temperature_all"] = fit_temperature(outputs.values(), parent["temperature_all"])
+    return record
+
+
 def fit_classifier(
     net: nn.Module,
     train: FaceBatches,
-    val: FaceBatches,
+    val: dict[str, FaceBatches],
     *,
     run: Run,
     schedule: Schedule,
     label_smoothing: float,
+    parent: dict,
     resume: dict | None = None,
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint.
 
-    The best epoch has the lowest cross-entropy on val at its own temperature: of 2,479 faces, accuracy alone
-    is too noisy.
+    The best epoch has the lowest cross-entropy on val at its own temperature, as a mean over the sources: of
+    2,479 faces, accuracy alone is too noisy.
 
     Args:
-        train: its targets are over `run.classes`.
-        val: its labels are indices of `run.kept`.
-        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        train: its targets are shares of `run.classes`, (n, C), or (n, H, C) for H heads.
+        val, parent: see `judge_sources`.
+        label_smoothing: see `soft_cross_entropy`.
     """
-    import torch.nn.functional as F
-
-    kept = [run.classes.index(name) for name in run.kept]
-
-    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
 
     def validate(judged: nn.Module) -> dict[str, float]:
-        logits, labels = evaluate(judged, val.eval())
-        logits = logits[:, kept]
-        temperature = fit_temperature(logits, labels)
-        figures = judge(logits, labels, temperature, run.kept)
-        return {**{f"val_{name}": figures[name] for name in FIGURES}, "temperature": temperature}
+        return judge_sources(judged, val, run, parent)
 
     def score(record: dict) -> float:
         return -record["val_loss"]
@@ -1524,18 +1749,30 @@ def fit_classifier(
 # --- inference ---
 
 
+# What a converted network keeps of its checkpoint.
+NOTES = ("classes", "default_classes", "image_size", "crop_margin", "temperature", "temperature_all")
+
+
 class Classifier:
     """A trained network, ready to classify faces.
 
     Attributes:
-        classes: names, in the order of the probabilities.
+        classes: names that it tells apart, in the order of the probabilities.
         image_size: side of the network's input, pixels.
         crop_margin: for `crop_faces`.
         temperature: of the softmax.
     """
 
-    def __init__(self, path: Path, device: torch.device | str):
-        """Read a checkpoint of finetune_fer.py or finetune_emotion.py; raises as `load_checkpoint`."""
+    def __init__(self, path: Path, device: torch.device | str, emotions: Sequence[str] = ()):
+        """Read a checkpoint of finetune_fer.py or finetune_emotion.py.
+
+        Args:
+            emotions: which of the classes that it learned it is to tell apart, two or more; ("all",) for
+                all of them, () for those that its training made the default.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_checkpoint`, or it has not learned one of `emotions`.
+        """
 
         def build() -> Blueprint:
             import torch
@@ -1543,17 +1780,25 @@ class Classifier:
             checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
             network = from_pixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
             size = checkpoint["image_size"]
-            notes = {
-                name: checkpoint[name] for name in ("classes", "image_size", "crop_margin", "temperature")
-            }
+            notes = {name: checkpoint[name] for name in NOTES}
             return Blueprint(network, torch.zeros(2, size, size, 1), notes)
 
         key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
         notes = self._engine.notes
-        self.classes = tuple(notes["classes"])
+        learned, default = notes["classes"], notes["default_classes"]
+        emotions = learned if list(emotions) == ["all"] else sorted(set(emotions)) or default
+        if unknown := set(emotions) - set(learned):
+            raise ValueError(
+                f"{path} has not learned {', '.join(sorted(unknown))}; expected some of "
+                f"{', '.join(learned)}, or all"
+            )
+        if len(emotions) < 2:
+            raise ValueError(f"expected two or more of {', '.join(learned)}, got only {emotions[0]}")
+        self.classes = tuple(emotions)
+        self._columns = [learned.index(name) for name in emotions]
+        self.temperature = notes["temperature" if set(emotions) == set(default) else "temperature_all"]
         self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
-        self.temperature = notes["temperature"]
 
     def predict(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
         """Classify the faces in `boxes` (N, 4) in one batch; return probabilities (N, C) float32."""
@@ -1574,7 +1819,7 @@ class Classifier:
             gray = crop.convert("L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
-        logits = logits / self.temperature
+        logits = logits[:, self._columns] / self.temperature
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 

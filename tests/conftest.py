@@ -146,7 +146,7 @@ def write_checkpoint(
 ) -> Path:
     """Write what a stage writes of a network."""
     run = shared.Run(path.parent, stage, arch, classes, classes, image_size, crop_margin, {}, path.name)
-    run.save_best(net, [{"epoch": 1, "temperature": temperature}])
+    run.save_best(net, [{"epoch": 1, "temperature": temperature, "temperature_all": temperature}])
     return path
 
 

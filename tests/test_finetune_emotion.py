@@ -196,7 +196,7 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
     shutil.rmtree(photos_dir / "happy")
     with pytest.raises(SystemExit) as stop:
         finetune_emotion.main(options)
-    assert f"no images in {photos_dir / 'happy'}" in stop.value.code
+    assert f"{photos_dir} has 1 emotion folders, expected 2 or more" in stop.value.code
 
 
 def test_photos_without_faces_are_one_line(tmp_path, options):
@@ -299,11 +299,23 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
     random = torch.randint(0, 256, (3, 5, 1, 48, 48), generator=torch.Generator().manual_seed(0)).byte()
     fer = dict(zip(shared.SPLITS, [(part, torch.ones(5).long()) for part in random], strict=True))
     net = shared.gray_resnet(ARCH, 2)
-    data, sizes = finetune_emotion.training_data(net, faces, fer, batches, classes=CLASSES, mix_share=0.5)
-    assert sizes == {"train": "10 images (angry 10, happy 0)", "FER": "5 images (angry 0, happy 5)"}
+    data, sizes = finetune_emotion.training_data(
+        net,
+        faces,
+        {"fer": fer},
+        batches,
+        sources={"fer": shared.Source(None)},
+        known=[0, 1],
+        classes=CLASSES,
+        share=0.5,
+    )
+    assert sizes == {
+        "photos train": "10 images (angry 10, happy 0)",
+        "fer train": "5 images (angry 0, happy 5)",
+    }
     with torch.no_grad():
-        seen = net(shared.normalize_faces(data.fer.images, 32)).softmax(1)
-    assert data.fer.targets.allclose(seen, atol=1e-5)
+        seen = net(shared.normalize_faces(data.others.images, 32)).softmax(1)
+    assert data.others.targets.allclose(seen, atol=1e-5)
     targets = [targets for _, targets in data.train(1)]
     assert [len(part) for part in targets] == [6, 6, 3]  # FER's last batch of an epoch is a small one
     for part, num_photos in zip(targets, (4, 4, 2), strict=True):
@@ -393,7 +405,7 @@ def test_held_out_faces_are_judged_as_they_are(tmp_path, options, fer_checkpoint
     classifier = shared.Classifier(fer_checkpoint, "cpu")
     crops = [Image.fromarray(image[0].numpy()) for image in faces.images[faces.is_val]]
     probs = torch.from_numpy(classifier.predict_crops(crops))
-    before = json.loads((tmp_path / "run" / "emotion.json").read_text())["before"]["photos"]
+    before = json.loads((tmp_path / "run" / "emotion.json").read_text())["before"]["photos val"]
     expected = torch.nn.functional.nll_loss(probs.log(), faces.labels[faces.is_val]).item()
     assert before["loss"] == pytest.approx(expected, abs=1e-4)
 
@@ -404,25 +416,30 @@ def test_fer_is_learned_again_and_reported(tmp_path, fer_dir, options, capsys):
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "emotion.json").read_text())
     sizes = {name: result["n"] for name, result in results["after"].items()}
-    assert sizes == {"photos": 2, "FER val": 10, "FER test": 12}
-    assert "FER: 32 images (angry 16, happy 16)" in out
-    row = next(line for line in out.splitlines() if line.startswith("FER test  after"))
-    assert row.split()[3:5] == ["12", f"{results['after']['FER test']['acc']:.1%}"]
-    assert "50% of the way: FER val" in out
+    assert sizes == {"photos val": 2, "fer val": 10, "fer test": 12}
+    assert "fer train: 32 images (angry 16, happy 16)" in out
+    row = next(line for line in out.splitlines() if line.startswith("fer test   after"))
+    assert row.split()[3:5] == ["12", f"{results['after']['fer test']['acc']:.1%}"]
+    assert "50% of the way: fer val" in out
 
 
 def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoint):
     """The new weights call all happy; a blend of both heads is right on all of val up to half of the way."""
     start = shared.load_checkpoint(fer_checkpoint)
     images, labels, _ = shared.load_faces(fer_dir / "val", CLASSES)
-    val = shared.FaceBatches(images, torch.zeros_like(labels), 4, 32, torch.device("cpu"))
+    faces = shared.FaceBatches(images, torch.zeros_like(labels), 4, 32, torch.device("cpu"))
+    val = {"photos": faces, "fer": faces}
+    run = shared.Run(tmp_path, "emotion", ARCH, CLASSES, CLASSES, 32, 0.0, {})
     head = {"fc.weight": torch.zeros(2, FEATURES), "fc.bias": torch.tensor([1.0, 0.0])}
     start["model"] |= head
     trained = {**start, "model": {**start["model"], "fc.bias": torch.tensor([-0.5, 0.0])}}
-    blended = finetune_emotion.draw_back(trained, start, val, val, 0.9)
+    draw_back = functools.partial(
+        finetune_emotion.draw_back, trained, start["model"], val, run=run, parent=start
+    )
+    blended = draw_back(lowest={"fer": 0.9})
     assert blended["model"]["fc.bias"].tolist() == [0.25, 0.0]
     with pytest.raises(ValueError, match="none is called best"):
-        finetune_emotion.draw_back(trained, start, val, val, 1.1)
+        draw_back(lowest={"fer": 1.1})
 
 
 def test_resuming_a_finished_run_draws_back_no_further(tmp_path, fer_dir, options):
@@ -453,6 +470,6 @@ def test_corrections_beside_the_photos_are_obeyed(tmp_path, photos_dir, options,
     finetune_emotion.main(options)
     out = capsys.readouterr().out
     assert f"2 corrections in {photos_dir / 'corrections.csv'}" in out
-    counts = [line for line in out.splitlines() if line.startswith(("train: ", "val: "))]
+    counts = [line for line in out.splitlines() if line.startswith(("photos train: ", "photos val: "))]
     assert sum("angry 1" in line for line in counts) == 1
     assert sum(int(line.split("happy ")[1].strip(")")) for line in counts) == 3

@@ -98,7 +98,7 @@ def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
         "--epochs",
         "2",
         "--lr",
-        "0.003",
+        "0.001",
     ]
     finetune_gray_imagenet.main([*options, "--stem-init", "kaiming"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -337,10 +337,42 @@ def test_fit_temperature_finds_the_scale_that_was_put_in():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 5, generator=generator) * 2
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    assert shared.fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
-    assert shared.fit_temperature(logits * 3, labels) == pytest.approx(3, abs=0.15)
+    assert shared.fit_temperature([(logits, labels)], 2.0) == pytest.approx(1, abs=0.05)
+    assert shared.fit_temperature([(logits * 3, labels)], 2.0) == pytest.approx(3, abs=0.15)
+    small = (logits[:500] * 3, labels[:500])  # counts as much as the large one
+    assert 1.5 < shared.fit_temperature([(logits, labels), small], 2.0) < 2.8
     right, wrong = (shared.judge(logits * 3, labels, by, shared.EMOTIONS)["ece"] for by in (3.0, 1.0))
     assert right < 0.01 < wrong
+
+
+def test_fit_temperature_keeps_the_parents_if_there_are_too_few_faces():
+    logits, labels = torch.eye(5).repeat(20, 1), torch.arange(5).repeat(20)
+    assert shared.fit_temperature([(logits, labels)], 1.7) == 1.7
+    assert shared.fit_temperature([(logits, labels)] * 3, 1.7) == pytest.approx(0.5, abs=0.01)  # the bound
+
+
+def test_among_keeps_the_chosen_classes_alone():
+    logits = torch.arange(12.0).reshape(4, 3)
+    kept, labels = shared.among(logits, torch.tensor([0, 1, 2, 0]), [2, 0])
+    assert kept.tolist() == [[2, 0], [8, 6], [11, 9]]
+    assert labels.tolist() == [1, 0, 1]
+
+
+def test_soft_cross_entropy_is_torchs_for_one_head():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator)
+    targets = torch.rand(6, 5, generator=generator).softmax(1)
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(shared.soft_cross_entropy(logits, targets, 0.1), expected)
+
+
+def test_a_head_without_a_target_does_not_learn():
+    logits = torch.randn(3, 10, requires_grad=True)
+    targets = torch.zeros(3, 2, 5)
+    targets[:, 0, 2] = 1
+    shared.soft_cross_entropy(logits, targets, 0.1).backward()
+    assert logits.grad[:, :5].abs().min() > 0
+    assert not logits.grad[:, 5:].any()
 
 
 # --- checkpoints ---
@@ -411,14 +443,17 @@ def test_load_network_keeps_the_rows_of_classes_that_it_knows():
     assert shared.load_network(embedding, ("angry", "happy")).fc.weight.shape == net.fc.weight.shape
 
 
-def test_the_best_checkpoint_keeps_the_rows_of_its_classes(tmp_path):
+def test_the_best_checkpoint_keeps_all_classes_and_the_first_head(tmp_path):
     net = shared.gray_resnet(ARCH, 3)
+    shared.add_heads(net, 2)
+    torch.nn.init.normal_(net.fc.bias)
     run = shared.Run(tmp_path, "fer", ARCH, ("angry", "happy", "sad"), ("angry", "sad"), 32, 0.0, {})
     run.save_best(net, [{"epoch": 1}])
     best = shared.load_checkpoint(tmp_path / "best.pt")
-    assert best["classes"] == ["angry", "sad"]
-    assert best["model"]["fc.weight"].equal(net.fc.weight[[0, 2]].half().float())
-    assert best["model"]["fc.bias"].equal(net.fc.bias[[0, 2]])
+    assert best["classes"] == ["angry", "happy", "sad"]
+    assert best["default_classes"] == ["angry", "sad"]
+    assert best["model"]["fc.weight"].equal(net.fc.weight[:3].half().float())
+    assert best["model"]["fc.bias"].equal(net.fc.bias[:3])
     assert best["model"]["bn1.bias"].equal(net.bn1.bias)
 
 
