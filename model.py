@@ -1700,23 +1700,46 @@ class Classifier:
 # --- command line ---
 
 
+def _ready_streams() -> None:
+    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    if sys.stdout is None:  # writing fails, as it does for other programs
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> None:
+    """Write what stdout still holds; raise OSError here, not at the end of the process, where it fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"cannot write to standard output: {error.strerror}") from None
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorate a script's `main`: a user's mistake becomes one line on stderr, not a traceback.
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
-    code 1, and so does a closed stdout, silently; Ctrl-C ends with 130.
+    code 1, and so does a stdout that takes no more, silently if its reader has enough; Ctrl-C ends with 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        _ready_streams()
         try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                main(argv)  # the warning's error, at twice the size, stays
-        except BrokenPipeError:  # whoever reads stdout has enough; the rest must not raise again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            try:
+                with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                    main(argv)  # the warning's error, at twice the size, stays
+            finally:
+                _flush_stdout()
+        except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {printable(error)}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -514,6 +515,44 @@ def test_one_line_errors_lets_bugs_through():
 
     with pytest.raises(TypeError):
         shared.one_line_errors(bug)()
+
+
+PRINT = """
+import sys
+import model
+@model.one_line_errors
+def main(argv):
+    sys.stdin.read()
+    print(*sys.argv[1:])
+    if sys.argv[2:]:
+        raise ValueError("a mistake\\nin two lines")
+main()
+"""
+
+
+@pytest.mark.parametrize("words", [["x"], ["x" * 10**5], ["x", "y"]])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("full", "No space left on device"), ("closed", "Bad file descriptor"), ("without reader", "")],
+)
+def test_a_stdout_that_takes_no_more_is_one_line_and_exit_code_1(start, words, kind, reason):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        stdout = full if kind == "full" else subprocess.PIPE
+        close = (lambda: os.close(1)) if kind == "closed" else None
+        process = start("-c", PRINT, *words, stdin=subprocess.PIPE, stdout=stdout, preexec_fn=close)
+    if kind == "without reader":
+        process.stdout.close()
+    process.stdin.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.count("\n") == bool(reason)
+    assert reason in err
+
+
+def test_an_error_is_one_line_and_names_reach_a_terminal_that_lacks_their_letters(start):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = start("-c", PRINT, "\udce9ü", "y", env=environment, stdin=subprocess.DEVNULL)
+    assert process.communicate() == ("\\udce9\\xfc y\n", "error: a mistake\\nin two lines\n")
 
 
 def test_pick_device_refuses_what_is_not_there():
