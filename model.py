@@ -35,7 +35,6 @@ import re
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -124,31 +123,48 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _create_temporary(folder: Path) -> tuple[Path, int]:
-    """Create an empty file; return its path, and its descriptor, which holds a lock while it is open."""
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Give an empty folder in `parent` that is gone after the block, or renamed; strays as of `replacing`."""
+    _remove_strays(parent.absolute())
+    temporary, descriptor = _create_temporary(parent, is_folder=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if fcntl:
+            os.close(descriptor)
+
+
+def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, int | None]:
+    """Create an empty file or folder; return its path, and a descriptor that holds a lock until closed."""
     while True:
-        path = folder / f".emotion-{secrets.token_hex(8)}.tmp"
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        path = parent / f".emotion-{secrets.token_hex(8)}.tmp"
+        if is_folder:
+            path.mkdir(mode=0o700)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         if not fcntl:
-            os.close(descriptor)  # Windows renames no open file
-            return path, descriptor
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if path.exists():
-            return path, descriptor
-        os.close(descriptor)  # before it was locked, another run took it for a stray
+            return path, None
+        with contextlib.suppress(FileNotFoundError):  # another run took it for a stray before it was locked
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
 
 
 @functools.cache  # once a run is enough
 def _remove_strays(folder: Path) -> None:
-    """Remove the temporary files of `replacing` that no process holds."""
+    """Remove the temporary files and folders that a killed run left, and no process holds."""
     for path in folder.iterdir() if fcntl else ():
         if TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
-                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 finally:
                     os.close(descriptor)
 
@@ -233,6 +249,45 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+# How files begin that people pass by mistake, and the words for them.
+BEGINNINGS = {
+    b"version https://git-lfs.github.com": "a pointer of Git LFS, not the file itself (git lfs pull gets it)",
+    b"\x89HDF\r\n": "HDF5, as Keras writes it",
+    b"\x1f\x8b": "packed by gzip",
+    b"\xfd7zXZ": "packed by xz",
+    b"BZh": "packed by bzip2",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"PK": "a zip archive",
+    b"\xff\xfe": "text in UTF-16, expected UTF-8",
+    b"\xfe\xff": "text in UTF-16, expected UTF-8",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"%PDF": "a PDF document",
+    b"\x80": "a pickle of Python",
+}
+
+
+def kind_of(head: bytes) -> str:
+    """Return in words what a file is that begins with `head`, about 500 bytes of it; "" for other text."""
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if (
+        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
+        .lower()
+        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
+    ):
+        return "a web page"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:
+        return "safetensors"
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":
+        return "ONNX"
+    return "empty" if not head else "of an unknown kind, not text" if b"\0" in head else ""
 
 
 # --- pictures ---
@@ -485,10 +540,10 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
     import openvino
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        openvino.save_model(model, Path(temporary) / "network.xml", compress_to_fp16=False)
+    with temporary_folder(folder.parent) as temporary:
+        openvino.save_model(model, temporary / "network.xml", compress_to_fp16=False)
         shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary).rename(folder)
+        temporary.rename(folder)
     for other in folder.parent.iterdir():
         if CACHED.fullmatch(other.name) and time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
             other.unlink() if other.is_file() else shutil.rmtree(other)
