@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import importlib.util
@@ -39,7 +40,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -261,13 +262,22 @@ BEGINNINGS = {
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
     b"PK": "a zip archive",
-    b"\xff\xfe": "text in UTF-16, expected UTF-8",
-    b"\xfe\xff": "text in UTF-16, expected UTF-8",
+    b"\xff\xfe": "text in UTF-16, not in UTF-8",
+    b"\xfe\xff": "text in UTF-16, not in UTF-8",
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
     b"%PDF": "a PDF document",
     b"\x80": "a pickle of Python",
 }
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path below a folder that data names, ValueError if it leads out, be it by a link."""
+    parts = PurePath(name).parts
+    is_plain = parts and not PurePath(name).is_absolute() and ".." not in parts and "\0" not in name
+    if not is_plain or not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name[:100]!r} leads out of {folder}")
+    return folder / name
 
 
 def kind_of(head: bytes) -> str:
@@ -288,6 +298,38 @@ def kind_of(head: bytes) -> str:
     if head[:1] == b"\x08" and head[2:3] == b"\x12":
         return "ONNX"
     return "empty" if not head else "of an unknown kind, not text" if b"\0" in head else ""
+
+
+def read_table(
+    path: Path, columns: set[str], parse: Callable[[dict[str, str]], object], expected: str
+) -> list:
+    """Return what `parse` makes of each row of a CSV in UTF-8, its cells by column.
+
+    Args:
+        columns: that it must have.
+        parse: may raise ValueError, with what is wrong with the row.
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: the file is no such table; the message says what it is, or which line is wrong.
+    """
+    with path.open("rb") as file:
+        if kind := kind_of(file.read(512)):
+            raise ValueError(f"{path} is {kind}, expected {expected}")
+    rows = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        try:
+            if missing := columns - set(table.fieldnames or ()):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            for cells in table:
+                if None in cells or None in cells.values():
+                    raise ValueError("it has more or fewer columns than the first")
+                rows.append(parse(cells))
+        except (csv.Error, ValueError) as error:
+            reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{path} is not {expected}, line {table.line_num}: {reason}") from None
+    return rows
 
 
 # --- pictures ---

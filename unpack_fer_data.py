@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import gzip
 import hashlib
 import io
@@ -59,7 +58,7 @@ DROP_REASONS = ("in val or test", "with several labels", "repeated in train")  #
 MAX_HEADER_BYTES, MAX_ROW_BYTES = 1000, 100_000
 MAX_MISPLACED = 0.01  # of FER+'s images, chosen here; known tables of 35,710 faces misplace two
 MAX_REPORTED = 5  # bad rows that are named; the others are counted
-BROKEN_STREAM = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile)
+BROKEN_STREAM = (EOFError, RuntimeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile)
 MANIFEST_FORMAT = "unpack_fer_data 1"
 
 
@@ -210,8 +209,6 @@ def find_duplicates(rows: pd.DataFrame) -> pd.Series:
 
 def parse_votes(cells: dict[str, str]) -> list:
     """Return a row of FER+, cells by column, as VOTES_COLUMNS; ValueError if it is malformed."""
-    if None in cells or None in cells.values():
-        raise ValueError(f"{'more' if None in cells else 'fewer'} columns than in the first line")
     counts = {name: text.strip() for name, text in cells.items() if name in {*VOTES, *OTHER_VOTES}}
     for name, text in counts.items():
         if not re.fullmatch("[0-9]{1,3}", text):
@@ -229,18 +226,7 @@ def read_votes(ferplus: Path) -> pd.DataFrame:
     """
     import pandas as pd
 
-    with ferplus.open("rb") as file:
-        if kind := shared.kind_of(file.read(512)):
-            raise ValueError(f"{ferplus} is {kind}, expected FER+'s fer2013new.csv")
-    with ferplus.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        table = csv.DictReader(file)
-        try:
-            if missing := {"Usage", *VOTES} - set(table.fieldnames or ()):
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            rows = [parse_votes(cells) for cells in table]
-        except (csv.Error, ValueError) as error:
-            where = f"line {table.line_num}: {error}"
-            raise ValueError(f"{ferplus} is not FER+'s fer2013new.csv, {where}; get it anew") from None
+    rows = shared.read_table(ferplus, {"Usage", *VOTES}, parse_votes, "FER+'s fer2013new.csv")
     return pd.DataFrame(rows, columns=VOTES_COLUMNS)
 
 
@@ -289,9 +275,11 @@ def read_manifest(out_dir: Path) -> dict:
     path = out_dir / "manifest.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         manifest = json.loads(path.read_bytes())
-        if isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT:
+        numbers = {"rows": 0, "bad_rows": 0, "dropped": {}} | manifest
+        has_numbers = numbers["rows"] >= numbers["bad_rows"] >= 0 and isinstance(numbers["dropped"], dict)
+        if manifest["format"] == MANIFEST_FORMAT and isinstance(manifest["source"], dict) and has_numbers:
             return manifest
     raise ValueError(f"{path} is not this script's ({MANIFEST_FORMAT}); choose another --out-dir")
 
@@ -366,7 +354,7 @@ def unpack(
                 if isinstance(row, str):
                     num_bad += 1
                     if num_bad <= MAX_REPORTED:
-                        bar.write(f"{path}, line {number}: {row}; skipped", file=sys.stderr)
+                        bar.write(shared.printable(f"{path}, line {number}: {row}; skipped"), file=sys.stderr)
                     continue
                 digest = hashlib.blake2b(row.image, digest_size=16).digest()
                 found.append((row.index, row.split, row.emotion, digest))

@@ -396,7 +396,7 @@ TAR = tarfile.TarInfo("fer2013/fer2013.csv").tobuf() + bytes(1024)
         (
             "utf16.csv",
             "emotion,pixels,Usage\n".encode("utf-16"),
-            ["utf16.csv is text in UTF-16, expected UTF-8"],
+            ["utf16.csv is text in UTF-16, not in UTF-8"],
         ),
         ("page.csv", b"\n\n<!DOCTYPE html><title>Kaggle</title>", ["page.csv is a web page, expected"]),
         ("plain.csv.gz", b"emotion,pixels,Usage\n", ["no sound .gz file", "rename it"]),
@@ -581,7 +581,13 @@ def test_images_without_a_manifest_are_refused_and_kept(run, tmp_path, out, opti
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("text", ['{"name": "somebody\'s"}', "[]", "no json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"name": "somebody\'s"}', "[]", "no json", "[" * 100_000, '{"format": "unpack_fer_data 1"}'),
+        '{"format": "unpack_fer_data 1", "source": {}, "rows": "many"}',
+    ],
+)
 def test_a_manifest_of_another_kind_is_refused_and_kept(run, tmp_path, out, text):
     out.mkdir()
     (out / "manifest.json").write_text(text)
