@@ -34,7 +34,6 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
         ValueError: the file does not fit the architecture, or there is nothing to download for it.
         FileNotFoundError: there is no such file.
     """
-    import torch
     import torchvision
 
     if weights_path is None:
@@ -48,13 +47,13 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
             ) from None
     if not weights_path.is_file():
         raise FileNotFoundError(f"there is no weights file {weights_path}; expected a state dict of a {arch}")
-    teacher = shared.color_resnet(arch)
+    teacher, expected = shared.color_resnet(arch), f"a state dict of torchvision's {arch}"
+    weights = shared.load_tensors(weights_path, expected)
     try:
-        weights = torch.load(weights_path, map_location="cpu", weights_only=True)
         teacher.load_state_dict({name: value.float() for name, value in weights.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights_path} is not a state dict of torchvision's {arch} ({reason})") from None
+    except (RuntimeError, AttributeError) as error:  # other names or shapes; no tensors
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights_path} is not {expected}: {reason}") from None
     return teacher
 
 

@@ -32,16 +32,18 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
 import secrets
 import shutil
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -65,6 +67,7 @@ EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
 RESOURCES = Path(__file__).parent / "resources"
 DEFAULT_MODEL = RESOURCES / "emotion_resnet50.pt"
 
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512  # pixels, chosen here
 IMAGE_SIZE = 96  # pixels, side of the network's input; 64 costs half the time, see resources/EXPERIMENTS.md
 # Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
 # faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
@@ -241,9 +244,9 @@ def _open_locked(lock: Path, what: Path) -> int:
 
 
 def save_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; raises OSError as `replacing`."""
+    """Write a value as indented JSON; raises OSError as `replacing`, ValueError for NaN, which JSON lacks."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
@@ -1396,7 +1399,22 @@ def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> No
 
 FORMAT = 1
 STAGES = ("gray", "fer", "emotion")
-NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "model")
+NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "temperature", "model")
+# Beyond what a run writes, last.pt of a resnet50 with averaged weights: 400 MB, 200 KB of it pickled.
+MAX_CHECKPOINT_BYTES, MAX_PICKLE_BYTES = 2**29, 2**22
+MAX_WEIGHTS = 2 * 25_600_000  # twice those of a resnet50
+# What pickles of tensors name. PyTorch would also let bytearray pass, which makes any amount of memory.
+HARMLESS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
+ZIPPED = {  # a name in a zip archive, and what the archive is then
+    "constants.pkl": "a TorchScript program",
+    "model.weights.h5": "a model of Keras",
+    "[Content_Types].xml": "an office document",
+    ".npy": "arrays of NumPy",
+}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1416,6 +1434,132 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise OSError(f"{error}; free some space and go on with --resume") from None
 
 
+def load_tensors(path: Path, expected: str) -> object:
+    """Return the tensors and plain values that torch.save wrote; nothing in the file is run.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: it is something else, damaged, or says that it holds more than it does.
+    """
+    import torch
+
+    size = path.stat().st_size
+    try:
+        what = (
+            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
+        )
+        if not what:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
+                return content
+            what = "one whose tensors say that they are larger than the file"
+    except Exception as error:  # zipfile, pickletools and torch raise a dozen types for a damaged file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        what = "cut off or damaged"
+    raise ValueError(f"{path} is not {expected}: it is {what}") from None
+
+
+def _foreign(path: Path) -> str:
+    """Return in words what a file is, "" if torch.save wrote it, of tensors and plain values only."""
+    with path.open("rb") as file:
+        head = file.read(512)
+        if head.startswith(LEGACY):
+            file.seek(0)
+            return next(filter(None, (_code_in(file) for _ in range(5))), "")  # of its five pickles
+    if not head.startswith(b"PK"):
+        return kind_of(head) or "text"
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for ending, kind in ZIPPED.items():
+            if any(entry.filename.endswith(ending) for entry in entries):
+                return kind
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            return "a zip archive"
+        claimed = sum(entry.file_size for entry in entries)  # torch.save packs nothing
+        if claimed > path.stat().st_size or pickles[0].file_size > MAX_PICKLE_BYTES:
+            return "a zip archive that says that it holds more than a checkpoint does"
+        return _code_in(io.BytesIO(archive.read(pickles[0])))
+
+
+def _code_in(file: BinaryIO) -> str:
+    """Read the next pickle of a file; return what it is, "" if it is of tensors and plain values."""
+    for operation, argument, position in pickletools.genops(file):
+        is_name = operation.name in {"GLOBAL", "STACK_GLOBAL", "INST"}
+        if is_name and not HARMLESS.fullmatch(str(argument)):
+            return f"a pickle with code in it ({str(argument or 'by name')[:50]}), which is not run"
+        if position > MAX_PICKLE_BYTES:
+            return f"a pickle of more than {MAX_PICKLE_BYTES >> 20} MB"
+    return ""
+
+
+def _tensors_in(content: object) -> Iterator[Tensor]:
+    """Yield the tensors in dicts, lists and tuples, however nested."""
+    import torch
+
+    rest = [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            rest += value.values() if isinstance(value, dict) else value
+
+
+def _foreign_content(content: object) -> str:
+    """Return in words what a file holds that is no checkpoint of this project."""
+    import torch
+
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if "format" in content:
+        return f"one of format {str(content['format'])[:20]}"
+    names = [str(name)[:20] for name in content]
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return f"a state dict, as torchvision's, weights alone ({', '.join(names[:2])}, ...)"
+    return f"one of another program, with {', '.join(names[:5])}"
+
+
+def _check_values(checkpoint: dict) -> None:
+    """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
+    classes, arch = checkpoint["classes"], checkpoint["arch"]
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes that are no list of names")
+    for name in classes:  # they name folders too
+        if not re.fullmatch(r"[^/\\]{1,100}", name) or name in {".", ".."} or printable(name) != name:
+            raise ValueError(f"a class of the name {name[:50]!r}")
+    if len(set(classes)) < len(classes):
+        raise ValueError("two classes of one name")
+    if arch not in ARCHS:
+        raise ValueError(f"the architecture {str(arch)[:20]!r}, expected one of {', '.join(ARCHS)}")
+    for name, kinds, low, high in (
+        ("image_size", int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        ("crop_margin", int | float, 0, 2),
+        ("temperature", int | float, 0.01, 100),
+    ):
+        value = checkpoint[name]
+        if not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"{name} {str(value)[:20]}, expected {low} to {high}")
+
+
+def _check_weights(weights: object) -> None:
+    """Raise ValueError, with what is wrong, if weights cannot be those of a trained network."""
+    import torch
+
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise ValueError("no weights")
+    if sum(value.numel() for value in weights.values()) > MAX_WEIGHTS:
+        raise ValueError("more weights than any network of this toolkit")
+    for name, value in weights.items():
+        if not value.isfinite().all() or (str(name).endswith("running_var") and (value < 0).any()):
+            raise ValueError(f"weights that are not finite, in {name}, as diverged training leaves them")
+
+
 def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
     """Read a checkpoint onto the CPU; weights stored in half precision come back as float32.
 
@@ -1423,24 +1567,24 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this project, or of none of the `stages`.
     """
-    import torch
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    expected = f"a checkpoint of this toolkit, format {FORMAT}"
+    checkpoint = load_tensors(path, expected)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
-        )
+        what = _foreign_content(checkpoint)
+        raise ValueError(f"{path} is not {expected}: it is {what}; train one, see the README")
     missing = [name for name in NEEDED if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is a checkpoint without {', '.join(missing)}; train one, see the README")
     if checkpoint["stage"] not in stages:
         expected = " or ".join(repr(stage) for stage in stages)
-        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+        raise ValueError(f"{path} has stage {str(checkpoint['stage'])[:20]!r}, expected {expected}")
+    try:
+        _check_values(checkpoint)
+        _check_weights(checkpoint["model"])
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}; train one, see the README") from None
     checkpoint["model"] = {
         name: value.float() if value.is_floating_point() else value
         for name, value in checkpoint["model"].items()
@@ -1543,7 +1687,8 @@ class Run:
         """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
         self._save("last.pt", self.classes, net.state_dict(), history, **training_state)
         with replacing(self.out_dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(past) + "\n" for past in history), encoding="utf-8")
+            lines = [json.dumps(past, allow_nan=False) + "\n" for past in history]
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _save(
         self, name: str, classes: Sequence[str], weights: dict, history: list[dict], **training_state: dict
@@ -1684,6 +1829,8 @@ def fit(
         speed = seen / (time.perf_counter() - start)
         judged = averaged.module if averaged else net
         record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **validate(judged)}
+        if not all(map(math.isfinite, record.values())):
+            raise ValueError(f"figures of epoch {epoch} are not finite; try a lower --lr than {lr}")
         history.append({**record, "images_per_s": speed})
         print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
         if score(record) == max(map(score, history)):
@@ -1790,6 +1937,8 @@ class Classifier:
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
         logits = logits / self.temperature
+        if not np.isfinite(logits).all():
+            raise ValueError("the model's weights are so large that it gives no probabilities; train it anew")
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 
@@ -1885,7 +2034,11 @@ OPTIONS = {
         "metavar": "CHECKPOINT",
         "help": "go on with an interrupted run from its last.pt, with its options; those given anew win",
     },
-    "image_size": {"type": number(int, 32, 512), "metavar": "PX", "help": "side of the input, pixels"},
+    "image_size": {
+        "type": number(int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        "metavar": "PX",
+        "help": "side of the input, pixels",
+    },
     "epochs": {"type": _COUNT, "metavar": "N", "help": "passes over the data"},
     "batch_size": {"type": _COUNT, "metavar": "N", "help": "images a step"},
     "lr": {"type": _NOT_NEGATIVE, "metavar": "X", "help": "peak learning rate of AdamW"},

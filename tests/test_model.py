@@ -1,6 +1,11 @@
+import io
+import itertools
+import math
 import os
+import pickle
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import file_size_limit, write_checkpoint
 from PIL import Image
-from tiny_resnet import ARCH, REAL_ARCHS
+from tiny_resnet import ARCH, FEATURES, REAL_ARCHS
 
 import model as shared
 
@@ -429,13 +434,107 @@ def test_load_checkpoint_refuses_with_one_line(tmp_path, gray_checkpoint):
         shared.load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="has stage 'gray', expected 'fer' or 'emotion'"):
         shared.load_checkpoint(gray_checkpoint, stages=("fer", "emotion"))
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
+
+
+class Code:
+    """Its pickle touches a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch PWNED",)
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(entries, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+STATE = {"conv1.weight": torch.ones(9)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><title>Virus scan warning</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is HDF5, as Keras"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(99), "is ONNX"),
+        (b"\x10\0\0\0\0\0\0\0" + b'{"fc.bias": {}}', "is safetensors"),
+        (b"just words", "is text"),
+        (zipped({"model.weights.h5": ""}), "is a model of Keras"),
+        (zipped({"net/constants.pkl": "", "net/data.pkl": ""}), "is a TorchScript program"),
+        (zipped({"a.txt": ""}), "is a zip archive"),
+        (saved(STATE), "is a state dict, as torchvision's, weights alone (conv1.weight"),
+        (saved(STATE, _use_new_zipfile_serialization=False), "is a state dict"),
+        (saved({"state_dict": STATE, "epoch": 3}), "of another program, with state_dict, epoch"),
+        (saved([1, 2]), "is a list"),
+        (saved({"format": 2}), "is one of format 2"),
+        (saved(STATE)[:-200], "is cut off or damaged"),
+        (saved(Code()), "is a pickle with code in it (posix system), which is not run"),
+        (saved(Code(), _use_new_zipfile_serialization=False), "is a pickle with code in it (posix system)"),
+        (pickle.dumps(Code()), "is a pickle of Python"),
+        (saved({"w": torch.zeros(1).expand(10**12)}), "tensors say that they are larger than the file"),
+        (
+            zipped({"a/data.pkl": b"\x80\x02(" + b"]" * 10**7 + b"l."}, zipfile.ZIP_DEFLATED),
+            "holds more than",
+        ),
+        (zipped({"a/data.pkl": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."}), "code in it"),
+    ],
+    ids=itertools.count(),
+)
+def test_load_checkpoint_says_what_a_strangers_file_is_and_runs_nothing(
+    tmp_path, monkeypatch, content, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a checkpoint of this toolkit, format 1: it ") as error:
         shared.load_checkpoint(tmp_path / "foreign.pt")
-    (tmp_path / "half.pt").write_bytes(gray_checkpoint.read_bytes()[: gray_checkpoint.stat().st_size // 2])
-    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
-        shared.load_checkpoint(tmp_path / "half.pt")
-    assert "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0, expected 0.01 to 100"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": "warm"}, "temperature warm"),
+        ({"image_size": 10**9}, "image_size 1000000000, expected 32 to 512"),
+        ({"image_size": 64.5}, "image_size 64.5"),
+        ({"crop_margin": math.inf}, "crop_margin inf"),
+        ({"classes": ["../happy", "sad"]}, "a class of the name '../happy'"),
+        ({"classes": ["happy\x1b[2J", "sad"]}, "a class of the name 'happy\\x1b[2J'"),
+        ({"classes": ["sad", "sad"]}, "two classes of one name"),
+        ({"classes": 2}, "classes that are no list"),
+        ({"arch": "resnet101"}, "the architecture 'resnet101'"),
+        ({"model": [1]}, "no weights"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.nan])}}, "weights that are not finite, in fc.bias"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.inf])}}, "weights that are not finite"),
+        ({"model": {"bn1.running_var": torch.tensor([-1.0])}}, "weights that are not finite"),
+    ],
+)
+def test_load_checkpoint_refuses_values_of_no_use(tmp_path, gray_checkpoint, changes, words):
+    torch.save({**torch.load(gray_checkpoint, weights_only=True), **changes}, tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match="train one") as error:
+        shared.load_checkpoint(tmp_path / "changed.pt")
+    assert words in str(error.value)
+
+
+def test_save_json_writes_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        shared.save_json(tmp_path / "a.json", {"acc": math.nan})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
@@ -504,6 +603,16 @@ def test_predict_is_one_answer_a_face_whatever_the_batch(finder, classifier, sam
     assert np.allclose(probs.sum(1), 1, atol=1e-5)
     assert np.allclose(classifier.predict(image, boxes[2:3]), probs[2:3], atol=0.01)  # bfloat16 on some CPUs
     assert classifier.predict(image, boxes[:0]).shape == (0, 5)
+
+
+def test_weights_too_large_for_a_probability_are_one_line(tmp_path, load_networks_anew):
+    path = write_checkpoint(tmp_path / "huge.pt", shared.gray_resnet(ARCH, 2), ("happy", "sad"))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["layer4.0.bn2.bias"] = torch.full((FEATURES,), 1e30)
+    checkpoint["model"]["fc.weight"] = torch.full((2, FEATURES), 1e30)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="so large that it gives no probabilities"):
+        shared.Classifier(path, "cpu").predict_crops([Image.new("L", (48, 48), "white")])
 
 
 # --- command line ---
