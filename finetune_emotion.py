@@ -266,7 +266,9 @@ def load_labelled(
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
     crops = [faces_dir / record["crop"] for record in records]
-    images = shared.load_images(crops, "L")
+    images, readable = shared.load_images(crops, "L")
+    records = [record for record, crop in zip(records, crops, strict=True) if crop in set(readable)]
+    crops = readable
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)

@@ -113,7 +113,7 @@ class ImagePairs:
         import torch
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        for indices in torch.randperm(len(self), generator=generator).split(self.batch_size):
+        for indices in shared.split_batches(torch.randperm(len(self), generator=generator), self.batch_size):
             images = self.images[indices].to(self.device).float() / 255
             size = images.shape[-1]
             yield self._pair(shared.warp(images, size, generator, degrees=0, shift=0.1, zoom=(0.75, 1.25)))
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     teacher = load_teacher(args.arch, args.teacher_weights)
-    images = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
+    images, _ = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
     train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
     student = build_student(args.arch, teacher, args.stem_init).to(device, memory_format=torch.channels_last)
     shared.freeze_except(student, args.unfreeze)

@@ -980,13 +980,23 @@ def train_mode(net: nn.Module) -> None:
 # --- data ---
 
 
+MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
+MAX_NAMED = 5  # files of a kind that a message names; the others are counted
+
+
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
     """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+
+    What macOS writes beside a picture on foreign disks, ._picture.jpg, is no picture.
 
     Raises:
         ValueError: there are none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in picture_suffixes() and not path.name.startswith("._") and path.is_file()
+    )
     if not paths:
         raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
     return spread(paths, limit)
@@ -999,31 +1009,52 @@ def spread(items: Sequence[Path], limit: int | None) -> Sequence[Path]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Tensor:
+def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tuple[Tensor, list[Path]]:
     """Read images into memory as one uint8 tensor (N, C, S, S); mode "L" has C = 1, "RGB" has 3.
 
     Images are cut to their central square and resized to `size` pixels; without `size`, to the first one's
-    own. Several threads read.
+    own. Several threads read. A few that are not readable are named on stderr and left out.
+
+    Returns:
+        The images, and their N paths.
 
     Raises:
-        PictureError: a file is not a readable image.
+        ValueError: more than MAX_UNREADABLE of the files are not readable images.
     """
     import torch
 
-    def read(path: Path) -> np.ndarray:
-        image = open_picture(path, mode, draft=size)
+    def read(path: Path) -> np.ndarray | PictureError:
+        try:
+            image = open_picture(path, mode, draft=size)
+        except PictureError as error:
+            return error
         side, target = min(image.size), size or side_of_first
         x, y = (image.width - side) // 2, (image.height - side) // 2
         if image.size != (target, target):
             image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    side_of_first = size or min(open_picture(paths[0]).size)
+    for path in paths if size is None else ():
+        with contextlib.suppress(PictureError):
+            side_of_first = min(open_picture(path).size)
+            break
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = list(
+        results = list(
             tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
         )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    errors = [result for result in results if isinstance(result, PictureError)]
+    if len(errors) > MAX_UNREADABLE * len(paths):
+        share = f"{len(errors)} of {len(paths)} images are not readable"
+        raise ValueError(
+            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
+        )
+    for error in errors[:MAX_NAMED]:
+        print(printable(f"left out: {error}"), file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} of {len(paths)} images are not readable and left out", file=sys.stderr)
+    kept = [i for i, result in enumerate(results) if not isinstance(result, PictureError)]
+    images = torch.from_numpy(np.stack([results[i] for i in kept]))
+    return images.permute(0, 3, 1, 2).contiguous(), [paths[i] for i in kept]
 
 
 def load_faces(
@@ -1035,13 +1066,14 @@ def load_faces(
         Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
 
     Raises:
-        ValueError: a class has no images, or one is not readable.
+        ValueError: a class has no images, or too many are not readable.
     """
     import torch
 
     paths = spread([path for name in classes for path in list_images(folder / name)], limit)
+    images, paths = load_images(paths, "L")
     labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
-    return load_images(paths, "L"), labels, paths
+    return images, labels, paths
 
 
 def count_labels(labels: Tensor, classes: Sequence[str]) -> str:
@@ -1162,6 +1194,16 @@ def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> T
     return shuffled[drawn][torch.randperm(n, generator=generator)]
 
 
+def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Split indices (N,) into batches; a last one of one image, no use to BatchNorm, joins the one before."""
+    import torch
+
+    batches = list(indices.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 class FaceBatches:
     """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
 
@@ -1203,7 +1245,7 @@ class FaceBatches:
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         random = np.random.default_rng((self.seed, epoch))
-        for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
+        for indices in split_batches(epoch_order(self.labels, self.balance, generator), self.batch_size):
             images = augment_faces(self.images[indices].to(self.device), self.image_size, generator)
             targets = self.targets[indices].to(self.device)
             if self.mixup:
@@ -1431,7 +1473,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         with replacing(path, sync=True) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     except OSError as error:
-        raise OSError(f"{error}; free some space and go on with --resume") from None
+        kept = "the former one is kept; " if path.exists() else ""
+        raise OSError(f"{error}; {kept}free some space and go on with --resume") from None
 
 
 def load_tensors(path: Path, expected: str) -> object:

@@ -1,6 +1,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,15 @@ def test_a_full_disk_is_one_line_and_leaves_a_loadable_checkpoint(tmp_path, opti
     )
     assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
     assert not (tmp_path / "run" / "last.pt").exists()
+    last = shutil.copy(tmp_path / "whole" / "last.pt", tmp_path / "run")
+    before = Path(last).read_bytes()
+    resume = ["--resume", last, "--out-dir", str(tmp_path / "run"), "--epochs", "5"]
+    with (
+        file_size_limit(sum(sizes) // 2),
+        pytest.raises(SystemExit, match="the former one is kept; free some"),
+    ):
+        finetune_fer.main(resume)
+    assert Path(last).read_bytes() == before
 
 
 def test_a_run_does_not_write_over_another(tmp_path, options):

@@ -264,18 +264,53 @@ def test_load_images_cuts_the_middle_square(tmp_path):
     image.paste((255, 0, 0), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
     image.resize((120, 40)).save(tmp_path / "b.png")
-    images = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
+    images, _ = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
     assert images.shape == (2, 3, 20, 20)
     assert images.dtype == torch.uint8
     assert (images[0] == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
-    assert shared.load_images([tmp_path / "a.png"], "L", 10).shape == (1, 1, 10, 10)
+    assert shared.load_images([tmp_path / "a.png"], "L", 10)[0].shape == (1, 1, 10, 10)
 
 
-def test_load_images_names_a_file_that_is_no_image(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"b\.png is not an image that Pillow can read"):
-        shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "L")
+def test_load_images_names_and_leaves_out_a_few_that_are_not_readable(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(100)]
+    for i, path in enumerate(paths):
+        Image.new("L", (9, 9), i).save(path)
+    paths[0].write_text("<html>")
+    images, kept = shared.load_images(paths, "L")
+    assert kept == paths[1:]
+    assert images[:, 0, 0, 0].tolist() == list(range(1, 100))
+    *names, count = capsys.readouterr().err.splitlines()
+    assert names == [f"left out: {paths[0]} is not an image that Pillow can read; convert it to JPEG or PNG"]
+    assert count == "1 of 100 images are not readable and left out"
+    paths[1].write_text("<html>")
+    with pytest.raises(ValueError, match=f"2 of 100 images .*remove or replace them: {paths[0]}"):
+        shared.load_images(paths, "L")
+
+
+def test_load_images_sees_what_detection_sees(tmp_path):
+    """16 bits are scaled, EXIF is obeyed, palettes and transparency are white where nothing is."""
+    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((deep // 257).astype(np.uint8)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    clear.quantize().save(tmp_path / "palette.png")
+    paths = [tmp_path / name for name in ("deep.png", "turned.jpg", "clear.png", "palette.png")]
+    images, _ = shared.load_images(paths, "L", 64)
+    for path, image in zip(paths, images[:, 0].numpy(), strict=True):
+        np.testing.assert_allclose(image, np.asarray(shared.open_picture(path, "L")), atol=1)
+    means = images.float().mean((1, 2, 3))
+    assert means[:2].sub(127.5).abs().max() < 2
+    assert means[2:].tolist() == [255, 255]
+    assert images[1, 0, :, 0].float().mean() > images[1, 0, :, -1].float().mean()  # it was dark above
+
+
+def test_split_batches_leaves_no_batch_of_one():
+    assert [len(part) for part in shared.split_batches(torch.arange(9), 4)] == [4, 5]
+    assert [len(part) for part in shared.split_batches(torch.arange(10), 4)] == [4, 4, 2]
+    assert [len(part) for part in shared.split_batches(torch.arange(1), 4)] == [1]
 
 
 def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
