@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -132,7 +134,7 @@ def cut_photos(
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
-            crop_path, before = faces_dir / record["crop"], known.get(photo, {})
+            crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
@@ -152,14 +154,23 @@ def cut_photos(
 
 
 def read_index(path: Path) -> dict[str, dict]:
-    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none."""
+    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none.
+
+    Raises:
+        ValueError: a line names a crop outside the index's folder.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["photo"]] = record
+            is_cut = record["reason"] is None
+            if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:
+                records[str(record["photo"])] = {**record, "crop": str(record["crop"])}
+    for record in records.values():
+        try:
+            shared.inside(path.parent, record["crop"])
+        except ValueError as error:
+            raise ValueError(f"{path} names a crop: {error}; delete it, it is made anew") from None
     return records
 
 
@@ -410,20 +421,17 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the columns are missing, or a label is none of `classes`.
+        ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
-    import pandas as pd
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")[["path", "label"]]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} has no columns path and label; export it anew from the page of --review"
-        ) from None
-    unknown = set(table["label"]) - {"", *classes}
-    if unknown:
-        raise ValueError(f"{path} has the label {min(unknown)!r}, expected empty or {', '.join(classes)}")
-    return dict(zip(table["path"], table["label"], strict=True))
+    def parse(cells: dict[str, str]) -> tuple[str, str]:
+        photo, label = cells["path"], cells["label"]
+        shared.inside(path.parent, photo)
+        if label not in {"", *classes}:
+            raise ValueError(f"it has the label {label[:50]!r}, expected empty or {', '.join(classes)}")
+        return photo, label
+
+    return dict(shared.read_table(path, {"path", "label"}, parse, "what the page of --review exports"))
 
 
 def write_review(
@@ -583,6 +591,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
     records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
     print(count_photos(records, classes))
+    unreadable = [shared.printable(record["photo"]) for record in records if record["reason"] == OUTCOMES[3]]
+    if unreadable:
+        print(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}", file=sys.stderr)
     if corrections:
         print(f"{len(corrections)} corrections in {corrections_path}")
     faces = load_labelled(

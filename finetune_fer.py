@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -81,19 +82,25 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
         faces: N images, named after the rows of FER's table.
 
     Raises:
-        ValueError: a row or a class is not in the file.
+        ValueError: a row or a class is not in the file, or a row is malformed.
     """
-    import pandas as pd
     import torch
+
+    def parse(cells: dict[str, str]) -> tuple[int, list[float]]:
+        counts = [float(cells[name]) for name in classes]
+        if not all(0 <= count < math.inf for count in counts):
+            raise ValueError(f"row {cells['row'][:20]} has votes that are no numbers of people")
+        return int(cells["row"]), counts
 
     if not path.exists():
         return torch.zeros(len(faces), len(classes))
-    try:
-        votes = pd.read_csv(path, index_col="row").loc[[int(face.stem) for face in faces], list(classes)]
-        return torch.tensor(votes.to_numpy("float32"))
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
-        raise ValueError(f"{path} has no votes for {reason}; unpack anew, or remove the file") from None
+    rows = shared.read_table(path, {"row", *classes}, parse, "what unpack_fer_data.py writes of FER+'s votes")
+    votes = dict(rows)
+    missing = [face.stem for face in faces if not face.stem.isdecimal() or int(face.stem) not in votes]
+    if missing or len(votes) < len(rows):
+        reason = f"no votes for {missing[0]}" if missing else "two lines for a row"
+        raise ValueError(f"{path} has {reason}; unpack anew, or remove the file")
+    return torch.tensor([votes[int(face.stem)] for face in faces])
 
 
 def load_split(folder: Path, classes: Sequence[str], limit: int | None) -> FerSplit:

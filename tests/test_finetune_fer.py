@@ -196,6 +196,17 @@ def test_votes_that_lack_a_face_are_a_mistake(tmp_path, fer_dir, options):
     assert "\n" not in stop.value.code
 
 
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [("many", "line 3: could not"), ("-1", "line 3: row 1 has votes"), ("nan", "line 3: row 1 has votes")],
+)
+def test_votes_that_are_no_numbers_are_refused_with_their_row(tmp_path, cell, words):
+    path = tmp_path / "votes.csv"
+    path.write_text(f"row,happy,sad\n0,1,2\n1,{cell},2\n")
+    with pytest.raises(ValueError, match=f"{path} is not .*, {words}"):
+        finetune_fer.load_votes(path, [Path("00000.png")], ["happy", "sad"])
+
+
 def test_mix_targets_weighs_votes_and_falls_back_on_the_label():
     votes = torch.tensor([[0.0, 6.0, 2.0], [0.0, 0.0, 0.0]])
     targets = finetune_fer.mix_targets(torch.tensor([0, 2]), votes, 0.4)
