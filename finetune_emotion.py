@@ -582,76 +582,79 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-    classes, image_size = start["classes"], args.image_size or start["image_size"]
-    corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
-    if args.corrections or corrections_path.exists():
-        corrections = read_corrections(corrections_path, classes)
-    finder = shared.FaceFinder(device)
-    cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
-    records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
-    print(count_photos(records, classes))
-    unreadable = [shared.printable(record["photo"]) for record in records if record["reason"] == OUTCOMES[3]]
-    if unreadable:
-        print(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}", file=sys.stderr)
-    if corrections:
-        print(f"{len(corrections)} corrections in {corrections_path}")
-    faces = load_labelled(
-        records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
-    )
-    net = shared.load_network(start).to(device, memory_format=torch.channels_last)
-    options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-    options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-    batches = functools.partial(shared.FaceBatches, **options)
-    if args.review:
-        probs = second_opinion(net, batches(faces.images, faces.labels), faces.groups, start["temperature"])
-        write_review(
-            args.out_dir / "review.html",
-            faces,
-            probs,
-            classes,
-            corrections=corrections,
-            corrections_path=corrections_path,
+    with shared.only_run_in(args.out_dir, args.faces_dir):
+        start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
+        classes, image_size = start["classes"], args.image_size or start["image_size"]
+        corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
+        if args.corrections or corrections_path.exists():
+            corrections = read_corrections(corrections_path, classes)
+        finder = shared.FaceFinder(device)
+        cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
+        records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
+        print(count_photos(records, classes))
+        if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
+            names = ", ".join(unreadable[: shared.MAX_NAMED])
+            print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+        if corrections:
+            print(f"{len(corrections)} corrections in {corrections_path}")
+        faces = load_labelled(
+            records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
         )
-        return
+        net = shared.load_network(start).to(device, memory_format=torch.channels_last)
+        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
+        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, **options)
+        if args.review:
+            probs = second_opinion(
+                net, batches(faces.images, faces.labels), faces.groups, start["temperature"]
+            )
+            write_review(
+                args.out_dir / "review.html",
+                faces,
+                probs,
+                classes,
+                corrections=corrections,
+                corrections_path=corrections_path,
+            )
+            return
 
-    fer = {
-        name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
-        for name in shared.SPLITS
-        if args.mix
-    }
-    train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
-    val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
-    sizes["val"] = shared.count_labels(val.labels, classes)
-    sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="emotion",
-        arch=start["arch"],
-        classes=classes,
-        kept=classes,
-        image_size=image_size,
-        crop_margin=start["crop_margin"],
-        config=shared.plain_config(vars(args)),
-        best_name="undrawn.pt" if fer else "best.pt",  # what forgot too much must not be taken for the best
-    )
-    run.start(net, device, sizes, is_resumed=resumed is not None)
-    results = {"before": judge_sets(net, sets, start["temperature"], classes)}
-    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-    smoothing = args.label_smoothing
-    best = shared.fit_classifier(
-        net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
-    )
-    best_path = args.out_dir / "best.pt"
-    if fer:
-        lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
-        best = draw_back(best, start, val, sets["FER val"], lowest)
-        shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
-    trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
-    results["after"] = judge_sets(trained, sets, best["temperature"], classes)
-    report_change(results, classes, args.out_dir)
-    print(f"best epoch {best['epoch']}; wrote {best_path}")
+        fer = {
+            name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
+            for name in shared.SPLITS
+            if args.mix
+        }
+        train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
+        val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
+        sizes["val"] = shared.count_labels(val.labels, classes)
+        sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="emotion",
+            arch=start["arch"],
+            classes=classes,
+            kept=classes,
+            image_size=image_size,
+            crop_margin=start["crop_margin"],
+            config=shared.plain_config(vars(args)),
+            best_name="undrawn.pt" if fer else "best.pt",  # of what forgot too much none is called best
+        )
+        run.start(net, device, sizes, is_resumed=resumed is not None)
+        results = {"before": judge_sets(net, sets, start["temperature"], classes)}
+        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        smoothing = args.label_smoothing
+        best = shared.fit_classifier(
+            net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
+        )
+        best_path = args.out_dir / "best.pt"
+        if fer:
+            lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
+            best = draw_back(best, start, val, sets["FER val"], lowest)
+            shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
+        trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
+        results["after"] = judge_sets(trained, sets, best["temperature"], classes)
+        report_change(results, classes, args.out_dir)
+        print(f"best epoch {best['epoch']}; wrote {best_path}")
 
 
 if __name__ == "__main__":

@@ -227,6 +227,12 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
     assert f"no images in {photos_dir / 'happy'}" in stop.value.code
 
 
+@pytest.mark.parametrize("folder", ["run", "faces"])
+def test_a_second_run_into_a_folder_stops_and_names_the_first(tmp_path, options, folder):
+    with shared.only_run_in(tmp_path / folder), pytest.raises(SystemExit, match=f"{folder} is in use by "):
+        finetune_emotion.main(options)
+
+
 def test_photos_without_faces_are_one_line(tmp_path, options):
     shutil.rmtree(tmp_path / "faces")
     for name in CLASSES:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_a_run_does_not_write_over_another(tmp_path, options):
         finetune_fer.main([*options, "--out-dir", str(out_dir)])
     assert "holds another run" in stop.value.code
     assert (out_dir / "last.pt").read_text() == "precious"
+
+
+def test_a_second_run_into_the_folder_stops_and_names_the_first(tmp_path, options):
+    with shared.only_run_in(tmp_path / "run"), pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert stop.value.code.startswith(f"error: {tmp_path / 'run'} is in use by ")
+    assert f"(process {os.getpid()})" in stop.value.code
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, options):
