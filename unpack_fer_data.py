@@ -277,7 +277,7 @@ def read_manifest(out_dir: Path) -> dict:
         return {}
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         manifest = json.loads(path.read_bytes())
-        numbers = {"rows": 0, "bad_rows": 0, "dropped": {}} | manifest
+        numbers = manifest if manifest["complete"] else {"rows": 0, "bad_rows": 0, "dropped": {}}
         has_numbers = numbers["rows"] >= numbers["bad_rows"] >= 0 and isinstance(numbers["dropped"], dict)
         if manifest["format"] == MANIFEST_FORMAT and isinstance(manifest["source"], dict) and has_numbers:
             return manifest
