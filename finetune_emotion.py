@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -133,10 +134,11 @@ def cut_photos(
         (faces_dir / known.pop(photo)["crop"]).unlink(missing_ok=True)
     wanted = shared.spread(list(paths), limit)
     with index_path.open("a", encoding="utf-8") as index:
+        index.write("\n")  # after a line that was cut short
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
-            crop_path, before = faces_dir / record["crop"], known.get(photo, {})
+            crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
@@ -156,14 +158,23 @@ def cut_photos(
 
 
 def read_index(path: Path) -> dict[str, dict]:
-    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none."""
+    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none.
+
+    Raises:
+        ValueError: a line names a crop outside the index's folder.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["photo"]] = record
+            is_cut = record["reason"] is None
+            if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:
+                records[str(record["photo"])] = {**record, "crop": str(record["crop"])}
+    for record in records.values():
+        try:
+            shared.inside(path.parent, record["crop"])
+        except ValueError as error:
+            raise ValueError(f"{path} names a crop: {error}; delete it, it is made anew") from None
     return records
 
 
@@ -270,7 +281,9 @@ def load_labelled(
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
     crops = [faces_dir / record["crop"] for record in records]
-    images = shared.load_images(crops, "L")
+    images, readable = shared.load_images(crops, "L")
+    records = [record for record, crop in zip(records, crops, strict=True) if crop in set(readable)]
+    crops = readable
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
@@ -318,18 +331,15 @@ def load_rehearsed(
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """Read sources of faces: images (N, 1, size, size), and labels (N,), by source and split.
 
-    A split without faces is left out.
+    A source may have no test.
     """
     faces = {}
     for name, source in sources.items():
-        listed = {split: shared.list_split(source.folder, split, classes, limit) for split in shared.SPLITS}
         faces[name] = {
-            split: (shared.load_images(paths, "L", size), labels)
-            for split, (paths, labels) in listed.items()
-            if paths
+            split: shared.load_faces(source.folder, split, classes, limit=limit, size=size)[:2]
+            for split in shared.SPLITS
+            if split != "test" or shared.list_split(source.folder, split, classes)
         }
-        if "train" not in faces[name] or "val" not in faces[name]:
-            raise ValueError(f"{source.folder} lacks train or val faces of {', '.join(classes)}; see --mix")
     return faces
 
 
@@ -459,20 +469,17 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the columns are missing, or a label is none of `classes`.
+        ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
-    import pandas as pd
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")[["path", "label"]]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} has no columns path and label; export it anew from the page of --review"
-        ) from None
-    unknown = set(table["label"]) - {"", *classes}
-    if unknown:
-        raise ValueError(f"{path} has the label {min(unknown)!r}, expected empty or {', '.join(classes)}")
-    return dict(zip(table["path"], table["label"], strict=True))
+    def parse(cells: dict[str, str]) -> tuple[str, str]:
+        photo, label = cells["path"], cells["label"]
+        shared.inside(path.parent, photo)
+        if label not in {"", *classes}:
+            raise ValueError(f"it has the label {label[:50]!r}, expected empty or {', '.join(classes)}")
+        return photo, label
+
+    return dict(shared.read_table(path, {"path", "label"}, parse, "what the page of --review exports"))
 
 
 def write_review(
@@ -514,7 +521,7 @@ def write_review(
     with shared.replacing(path) as temporary:
         page = REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
         temporary.write_text(page, encoding="utf-8")
-    print(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}")
+    print(shared.printable(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}"))
 
 
 # --- before and after ---
@@ -590,7 +597,7 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
-    print(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}")
+    print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -682,62 +689,82 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-    if args.mix is None and not FER_DIR.is_dir():
-        print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
-    mix = ([str(FER_DIR)] if FER_DIR.is_dir() else []) if args.mix is None else args.mix
-    sources = shared.parse_sources(mix)
-    found = shared.find_classes(args.data_dir)
-    learned = sorted({*found, *(parent["classes"] if sources else ())})
-    known = [learned.index(name) for name in learned if name in parent["classes"]]
-    corrections_path = args.corrections or args.data_dir / "corrections.csv"
-    has_corrections = args.corrections or corrections_path.exists()
-    corrections = read_corrections(corrections_path, learned) if has_corrections else {}
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
-    cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
-    records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
-    print(count_photos(records, found))
-    if corrections:
-        print(f"{len(corrections)} corrections in {corrections_path}")
-    faces = load_labelled(
-        records, faces_dir, learned, corrections, val_fraction=args.val_fraction, seed=args.seed
-    )
-    net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
-    image_size = args.image_size or parent["image_size"]
-    options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-    options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-    batches = functools.partial(shared.FaceBatches, **options)
-    if args.review:
-        every = batches(faces.images, faces.labels)
-        probs = second_opinion(net, every, faces.groups, parent["temperature_all"], known)
-        page = args.out_dir / "review.html"
-        write_review(page, faces, probs, learned, corrections=corrections, corrections_path=corrections_path)
-        return
-    rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
-    train, sizes = training_data(
-        net, faces, rehearsed, batches, sources=sources, known=known, classes=learned, share=args.mix_share
-    )
-    sets = {"val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])}, "test": {}}
-    for name, part in rehearsed.items():
-        for split in part.keys() & sets.keys():
-            sets[split][name] = batches(*part[split])
-    sizes |= {f"{name} val": shared.count_labels(part.labels, learned) for name, part in sets["val"].items()}
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="emotion",
-        arch=parent["arch"],
-        classes=learned,
-        default_classes=found,
-        image_size=image_size,
-        crop_margin=parent["crop_margin"],
-        config=shared.plain_config(vars(args)),
-        best_name="undrawn.pt" if sources else "best.pt",  # what forgot too much must not be taken for best
-    )
-    run.start(net, device, sizes, is_resumed=resumed is not None)
-    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-    how = {"schedule": schedule, "label_smoothing": args.label_smoothing, "resume": resumed}
-    train_on(train, sets, net, run=run, parent=parent, max_loss=args.max_loss, **how)
+    with shared.only_run_in(args.out_dir, faces_dir):
+        parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
+        if args.mix is None and not FER_DIR.is_dir():
+            print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
+        mix = ([str(FER_DIR)] if FER_DIR.is_dir() else []) if args.mix is None else args.mix
+        sources = shared.parse_sources(mix)
+        found = shared.find_classes(args.data_dir)
+        learned = sorted({*found, *(parent["classes"] if sources else ())})
+        known = [learned.index(name) for name in learned if name in parent["classes"]]
+        corrections_path = args.corrections or args.data_dir / "corrections.csv"
+        has_corrections = args.corrections or corrections_path.exists()
+        corrections = read_corrections(corrections_path, learned) if has_corrections else {}
+        cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
+        records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
+        print(count_photos(records, found))
+        if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
+            names = ", ".join(unreadable[: shared.MAX_NAMED])
+            print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+        if corrections:
+            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
+        faces = load_labelled(
+            records, faces_dir, learned, corrections, val_fraction=args.val_fraction, seed=args.seed
+        )
+        net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
+        image_size = args.image_size or parent["image_size"]
+        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
+        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, **options)
+        if args.review:
+            every = batches(faces.images, faces.labels)
+            probs = second_opinion(net, every, faces.groups, parent["temperature_all"], known)
+            page = args.out_dir / "review.html"
+            write_review(
+                page, faces, probs, learned, corrections=corrections, corrections_path=corrections_path
+            )
+            return
+        rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
+        train, sizes = training_data(
+            net,
+            faces,
+            rehearsed,
+            batches,
+            sources=sources,
+            known=known,
+            classes=learned,
+            share=args.mix_share,
+        )
+        sets = {
+            "val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])},
+            "test": {},
+        }
+        for name, part in rehearsed.items():
+            for split in part.keys() & sets.keys():
+                sets[split][name] = batches(*part[split])
+        sizes |= {
+            f"{name} val": shared.count_labels(part.labels, learned) for name, part in sets["val"].items()
+        }
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="emotion",
+            arch=parent["arch"],
+            classes=learned,
+            default_classes=found,
+            image_size=image_size,
+            crop_margin=parent["crop_margin"],
+            config=shared.plain_config(vars(args)),
+            best_name="undrawn.pt"
+            if sources
+            else "best.pt",  # what forgot too much must not be taken for best
+        )
+        run.start(net, device, sizes, is_resumed=resumed is not None)
+        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        how = {"schedule": schedule, "label_smoothing": args.label_smoothing, "resume": resumed}
+        train_on(train, sets, net, run=run, parent=parent, max_loss=args.max_loss, **how)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,19 +74,25 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
         faces: N images, named after the rows of FER's table.
 
     Raises:
-        ValueError: a row or a class is not in the file.
+        ValueError: a row or a class is not in the file, or a row is malformed.
     """
-    import pandas as pd
     import torch
+
+    def parse(cells: dict[str, str]) -> tuple[int, list[float]]:
+        counts = [float(cells[name]) for name in classes]
+        if not all(0 <= count < math.inf for count in counts):
+            raise ValueError(f"row {cells['row'][:20]} has votes that are no numbers of people")
+        return int(cells["row"]), counts
 
     if not path.exists():
         return torch.zeros(len(faces), len(classes))
-    try:
-        votes = pd.read_csv(path, index_col="row").loc[[int(face.stem) for face in faces], list(classes)]
-        return torch.tensor(votes.to_numpy("float32"))
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
-        raise ValueError(f"{path} has no votes for {reason}; unpack anew, or remove the file") from None
+    rows = shared.read_table(path, {"row", *classes}, parse, "what unpack_fer_data.py writes of FER+'s votes")
+    votes = dict(rows)
+    missing = [face.stem for face in faces if not face.stem.isdecimal() or int(face.stem) not in votes]
+    if missing or len(votes) < len(rows):
+        reason = f"no votes for {missing[0]}" if missing else "two lines for a row"
+        raise ValueError(f"{path} has {reason}; unpack anew, or remove the file")
+    return torch.tensor([votes[int(face.stem)] for face in faces])
 
 
 def load_split(
@@ -99,11 +106,8 @@ def load_split(
     Raises:
         ValueError: it has no images, or votes.csv does not fit.
     """
-    paths, labels = shared.list_split(folder, split, classes, limit)
-    if not paths:
-        raise ValueError(f"{folder} has no {split} faces of {' '.join(classes)}; see the README")
-    votes = load_votes(folder / "votes.csv", paths, classes)
-    return Split(shared.load_images(paths, "L", size), labels, votes)
+    images, labels, paths = shared.load_faces(folder, split, classes, limit=limit, size=size)
+    return Split(images, labels, load_votes(folder / "votes.csv", paths, classes))
 
 
 def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
@@ -228,7 +232,7 @@ def report_split(
     others = [
         load_split(folder, other, shared.find_classes(folder), limit=None, size=side).images
         for other in shared.SPLITS
-        if other != split and shared.list_split(folder, other, classes)[0]
+        if other != split and shared.list_split(folder, other, classes)
     ]
     subsets = {"not in another split": ~stands_elsewhere(faces.images, torch.cat(others))} if others else {}
     votes = faces.votes.gather(1, faces.labels[:, None])[:, 0]
@@ -266,7 +270,7 @@ def report_sources(
     """Report on the same split of each source; the files and lines of all but the first have its name."""
     for number, (name, source) in enumerate(sources.items()):
         title = f"{split}_{name}" if number else split
-        if shared.list_split(source.folder, split, checkpoint["classes"])[0] or not number:
+        if shared.list_split(source.folder, split, checkpoint["classes"]) or not number:
             report_split(source.folder, out_dir, checkpoint, split, title=title, **options)
 
 
@@ -331,56 +335,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit=args.limit,
         device=device,
     )
-    if args.evaluate:
-        report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
-        return
-    learned = sorted({name for source in sources.values() for name in shared.find_classes(source.folder)})
-    load = functools.partial(load_split, classes=learned, limit=args.limit)
-    size = args.image_size if args.mix else None  # FER alone stays as small as it is
-    train = {name: load(source.folder, "train", size=size) for name, source in sources.items()}
-    val = {name: load(source.folder, "val") for name, source in sources.items()}
-    parent = shared.load_checkpoint(args.init)
-    net = shared.load_network(parent, learned)
-    if args.mix:
-        shared.add_heads(net, len(sources))
-    net.to(device, memory_format=torch.channels_last)
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="fer",
-        arch=parent["arch"],
-        classes=learned,
-        default_classes=pick_classes(learned, args.emotions),
-        image_size=args.image_size,
-        crop_margin=shared.CROP_MARGIN,
-        config=shared.plain_config(vars(args)),
-    )
-    faces = training_set(
-        train,
-        vote_weight=args.vote_weight,
-        teachers=[Path(path) for path in args.teachers or []],
-        teacher_weight=args.teacher_weight,
-        classes=learned,
-        device=device,
-    )
-    weights = torch.tensor([sources[name].weight for name, split in train.items() for _ in split.labels])
-    run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
-    options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
-    best = shared.fit_classifier(
-        net,
-        shared.FaceBatches(
-            **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
-        ),
-        {name: shared.FaceBatches(split.images, split.labels, **options) for name, split in val.items()},
-        run=run,
-        schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
-        label_smoothing=args.label_smoothing,
-        parent=parent,
-        resume=resumed,
-    )
-    accuracy = best["metrics"]["val_acc"]
-    print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
-    report(best, "test")
+    with shared.only_run_in(args.out_dir):
+        if args.evaluate:
+            report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
+            return
+        learned = sorted({name for source in sources.values() for name in shared.find_classes(source.folder)})
+        load = functools.partial(load_split, classes=learned, limit=args.limit)
+        size = args.image_size if args.mix else None  # FER alone stays as small as it is
+        train = {name: load(source.folder, "train", size=size) for name, source in sources.items()}
+        val = {name: load(source.folder, "val") for name, source in sources.items()}
+        parent = shared.load_checkpoint(args.init)
+        net = shared.load_network(parent, learned)
+        if args.mix:
+            shared.add_heads(net, len(sources))
+        net.to(device, memory_format=torch.channels_last)
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="fer",
+            arch=parent["arch"],
+            classes=learned,
+            default_classes=pick_classes(learned, args.emotions),
+            image_size=args.image_size,
+            crop_margin=shared.CROP_MARGIN,
+            config=shared.plain_config(vars(args)),
+        )
+        faces = training_set(
+            train,
+            vote_weight=args.vote_weight,
+            teachers=[Path(path) for path in args.teachers or []],
+            teacher_weight=args.teacher_weight,
+            classes=learned,
+            device=device,
+        )
+        weights = torch.tensor([sources[name].weight for name, split in train.items() for _ in split.labels])
+        run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
+        options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
+        best = shared.fit_classifier(
+            net,
+            shared.FaceBatches(
+                **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
+            ),
+            {name: shared.FaceBatches(split.images, split.labels, **options) for name, split in val.items()},
+            run=run,
+            schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
+            label_smoothing=args.label_smoothing,
+            parent=parent,
+            resume=resumed,
+        )
+        accuracy = best["metrics"]["val_acc"]
+        print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
+        report(best, "test")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,15 @@ def test_a_full_disk_is_one_line_and_leaves_a_loadable_checkpoint(tmp_path, opti
     )
     assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
     assert not (tmp_path / "run" / "last.pt").exists()
+    last = shutil.copy(tmp_path / "whole" / "last.pt", tmp_path / "run")
+    before = Path(last).read_bytes()
+    resume = ["--resume", last, "--out-dir", str(tmp_path / "run"), "--epochs", "5"]
+    with (
+        file_size_limit(sum(sizes) // 2),
+        pytest.raises(SystemExit, match="the former one is kept; free some"),
+    ):
+        finetune_fer.main(resume)
+    assert Path(last).read_bytes() == before
 
 
 def test_a_run_does_not_write_over_another(tmp_path, options):
@@ -107,6 +118,29 @@ def test_a_run_does_not_write_over_another(tmp_path, options):
         finetune_fer.main([*options, "--out-dir", str(out_dir)])
     assert "holds another run" in stop.value.code
     assert (out_dir / "last.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("changed", [["--ema", "0.5"], ["--unfreeze", "fc"]])
+def test_resuming_with_other_weights_is_a_mistake(tmp_path, options, changed):
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--epochs", "1", "--ema", "0"])
+    with pytest.raises(SystemExit, match="leave --arch, --unfreeze and --ema as they were"):
+        finetune_fer.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2", *changed])
+
+
+def test_a_folder_whose_name_no_class_may_have_is_refused_before_training(tmp_path, fer_dir, options):
+    make_faces(fer_dir / "train", 3, ("so\x1b[31mred",))
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert "a class of the name 'so\\x1b[31mred'" in stop.value.code
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_into_the_folder_stops_and_names_the_first(tmp_path, options):
+    with shared.only_run_in(tmp_path / "run"), pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert stop.value.code.startswith(f"error: {tmp_path / 'run'} is in use by ")
+    assert f"(process {os.getpid()})" in stop.value.code
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, options):
@@ -169,7 +203,7 @@ def test_votes_are_learned_beside_the_labels(tmp_path, fer_dir, options, capsys)
     out = capsys.readouterr().out
     assert "votes: known for 80 images of train" in out
     last = shared.load_network(shared.load_checkpoint(tmp_path / "run" / "last.pt"))
-    images, labels, _ = shared.load_faces(fer_dir / "test", shared.EMOTIONS)
+    images, labels, _ = shared.load_faces(fer_dir, "test", shared.EMOTIONS)
     batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
     assert set(shared.evaluate(last, batches.eval())[0].argmax(1).tolist()) == {
         shared.EMOTIONS.index("happy")
@@ -186,6 +220,17 @@ def test_votes_that_lack_a_face_are_a_mistake(tmp_path, fer_dir, options):
         finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
     assert "has no votes for" in stop.value.code
     assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [("many", "line 3: could not"), ("-1", "line 3: row 1 has votes"), ("nan", "line 3: row 1 has votes")],
+)
+def test_votes_that_are_no_numbers_are_refused_with_their_row(tmp_path, cell, words):
+    path = tmp_path / "votes.csv"
+    path.write_text(f"row,happy,sad\n0,1,2\n1,{cell},2\n")
+    with pytest.raises(ValueError, match=f"{path} is not .*, {words}"):
+        finetune_fer.load_votes(path, [Path("00000.png")], ["happy", "sad"])
 
 
 def test_mix_targets_weighs_votes_and_falls_back_on_the_label():
@@ -243,7 +288,7 @@ def test_teachers_are_learned_from_beside_the_labels(tmp_path, fer_dir, options)
     assert shared.load_checkpoint(last)["config"]["teachers"] == teachers
     finetune_fer.main(["--resume", str(last), "--epochs", "4"])
     net = shared.load_network(shared.load_checkpoint(last))
-    images, labels, _ = shared.load_faces(fer_dir / "test", shared.EMOTIONS)
+    images, labels, _ = shared.load_faces(fer_dir, "test", shared.EMOTIONS)
     batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
     assert set(shared.evaluate(net, batches.eval())[0].argmax(1).tolist()) == {shared.EMOTIONS.index("sad")}
 
@@ -251,7 +296,7 @@ def test_teachers_are_learned_from_beside_the_labels(tmp_path, fer_dir, options)
 def test_ask_teachers_averages_networks_and_mirror_images(tmp_path, fer_dir):
     device, classes = torch.device("cpu"), shared.EMOTIONS
     paths = [write_teacher(tmp_path / "a", classes), write_teacher(tmp_path / "b", classes[::-1], happy=1.0)]
-    images, labels, _ = shared.load_faces(fer_dir / "test", classes)
+    images, labels, _ = shared.load_faces(fer_dir, "test", classes)
     expected = torch.zeros(len(images), 5)
     for path, order in zip(paths, ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0]), strict=True):
         net = shared.load_network(shared.load_checkpoint(path))
@@ -308,7 +353,7 @@ def test_other_sources_are_learned_beside_fer(tmp_path, fer_dir, options, capsys
     finetune_fer.main([*options, *mix, "--out-dir", str(out_dir), "--epochs", "2"])
     out = capsys.readouterr().out
     splits = {
-        split: len(shared.list_split(web, split, ("happy", "neutral", "sad"))[0]) for split in shared.SPLITS
+        split: len(shared.list_split(web, split, ("happy", "neutral", "sad"))) for split in shared.SPLITS
     }
     assert sum(splits.values()) == 120
     assert all(6 <= splits[split] <= 20 for split in ("val", "test"))
