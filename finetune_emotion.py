@@ -385,7 +385,9 @@ def training_data(
     of_source = torch.arange(len(parts)).repeat_interleave(
         torch.tensor([len(own) for _, own in parts.values()])
     )
-    logits, _ = shared.evaluate(net, batches(images, labels).eval())
+    with shared.autocast(photos.device):
+        logits, _ = shared.evaluate(net, batches(images, labels).eval())
+    logits = logits.float()
     targets = torch.zeros(len(logits), len(classes))
     targets[:, known] = logits[:, known].softmax(1)
     others = batches(
