@@ -21,6 +21,7 @@ Usage:
     python finetune_emotion.py --data-dir data/google --init runs/fer/best.pt --mix data/fer data/affectnet
     python finetune_emotion.py --data-dir data/google --review
     python finetune_emotion.py --data-dir my_photos --no-mix --unfreeze fc --epochs 3
+    python finetune_emotion.py --data-dir my_photos --evaluate runs/emotion/best.pt --csv labels.csv
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import model as shared
@@ -58,6 +59,7 @@ HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in te
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
 BLENDS = (0.5, 0.25)
+OUT_DIR = Path("runs/emotion")
 FER_DIR = Path("data/fer")  # where unpack_fer_data.py writes
 REVIEW_PAGE = shared.RESOURCES / "review.html"
 
@@ -187,6 +189,14 @@ def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
     table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
     table["total"] = table.sum(axis=1)
     return table.rename_axis(index=None, columns="photos").to_string()
+
+
+def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
+    """Print how many photos there are of what use, and the first that are not readable."""
+    print(count_photos(records, classes))
+    if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
+        names = ", ".join(unreadable[: shared.MAX_NAMED])
+        print(shared.printable(f"not readable: {names}"), file=sys.stderr)
 
 
 # --- from faces to train and val ---
@@ -326,6 +336,14 @@ class Rehearsed:
             yield torch.cat(images), torch.cat(targets)
 
 
+def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
+    """Return the sources that --mix names; without --mix FER's faces, if they are there."""
+    if mix is None and not FER_DIR.is_dir():
+        print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
+        return {}
+    return shared.parse_sources([str(FER_DIR)] if mix is None else mix)
+
+
 def load_rehearsed(
     sources: dict[str, shared.Source], classes: Sequence[str], size: int, limit: int | None
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
@@ -399,6 +417,19 @@ def training_data(
         weights=torch.tensor([sources[name].weight for name in parts])[of_source],
     )
     return Rehearsed(photos, others), sizes
+
+
+def judged_sets(
+    faces: LabelledFaces,
+    rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
+    batches: Callable[..., shared.FaceBatches],
+) -> dict[str, dict[str, shared.FaceBatches]]:
+    """Return what the network is judged on: "val" by source, the photos first, and "test" by source."""
+    sets = {"val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])}, "test": {}}
+    for name, part in rehearsed.items():
+        for split in part.keys() & sets.keys():
+            sets[split][name] = batches(*part[split])
+    return sets
 
 
 # --- doubts about labels ---
@@ -602,11 +633,121 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
 
 
+# --- how good a model is on photos ---
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share, 0-1.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    z = 1.96
+    center, spread = right + z**2 / 2, z * math.sqrt(right * (total - right) / total + z**2 / 4)
+    return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
+
+
+def judge_photo(
+    path: Path, classifier: shared.Classifier, finder: shared.FaceFinder | None, largest_face: bool
+) -> tuple[str, np.ndarray | None, Image.Image | None]:
+    """Classify a photo's single face: its outcome, one of OUTCOMES, probabilities (C,) and the crop.
+
+    Without a finder the photo is a face.
+    """
+    try:
+        image = shared.open_picture(path)
+    except shared.PictureError:
+        return OUTCOMES[3], None, None
+    if finder is None:
+        return OUTCOMES[0], classifier.predict_crops([image])[0], image
+    boxes = finder.find(image).boxes
+    if len(boxes) != 1 and not (largest_face and len(boxes)):
+        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None, None
+    box = boxes[[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]]
+    [crop] = shared.crop_faces(image, box, classifier.crop_margin)
+    return OUTCOMES[0], classifier.predict(image, box)[0], crop
+
+
+def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
+    """Draw faces, each with a line below it, into a PNG of 8 a row."""
+    side, line, columns = 128, 34, 8
+    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(faces) / columns)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, (face, text) in enumerate(faces):
+        x, y = number % columns * side, number // columns * (side + line)
+        sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
+        draw.multiline_text((x + 2, y + side + 1), text, "black", font)
+    with shared.replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def evaluate_photos(
+    data_dir: Path,
+    classifier: shared.Classifier,
+    finder: shared.FaceFinder | None,
+    *,
+    largest_face: bool,
+    limit: int | None,
+    out_dir: Path | None,
+    csv_path: Path | None,
+) -> None:
+    """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
+
+    Args:
+        classifier: of all that the model has learned.
+        finder: None if the photos are faces.
+        out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
+        csv_path: for a row of each photo.
+    """
+    import pandas as pd
+    import torch
+
+    found = shared.find_classes(data_dir)
+    if unknown := sorted(set(found) - set(classifier.classes)):
+        print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
+    classes = sorted({*classifier.default_classes, *found} - set(unknown))
+    classifier = classifier.among(classes)
+    paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
+    rows, crops, all_probs = [], [], []
+    for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
+        outcome, probs, crop = judge_photo(path, classifier, finder, largest_face)
+        photo = path.relative_to(data_dir).as_posix()
+        row = {"photo": photo, "label": photo.split("/")[0], "reason": outcome}
+        if probs is not None:
+            row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
+            row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
+            crops.append(crop)
+            all_probs.append(probs)
+        rows.append(row)
+    print(count_photos(rows, [name for name in found if name in classes]))
+    if not all_probs:
+        raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
+    table = pd.DataFrame(rows)
+    if csv_path:
+        with shared.replacing(csv_path) as temporary:
+            table.to_csv(temporary, index=False)
+        print(shared.printable(f"wrote {csv_path}"))
+    judged = table[table["reason"] == OUTCOMES[0]].reset_index()
+    labels = torch.tensor([classes.index(name) for name in judged["label"]])
+    right = int((judged["label"] == judged["emotion"]).sum())
+    low, high = wilson_interval(right, len(judged))
+    print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
+    logits = torch.from_numpy(np.stack(all_probs)).log()
+    shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
+    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
+    if out_dir and len(mistakes):
+        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
+        draw_mistakes(
+            list(zip([crops[i] for i in mistakes.index], lines, strict=True)), out_dir / "photos_mistakes.png"
+        )
+        print(shared.printable(f"wrote {out_dir / 'photos_mistakes.png'}, the surest mistakes"))
+
+
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
     add, points = parser.add_argument, shared.number(float, 0, 100)
-    shared.add_options(parser, data_dir="data/google", out_dir="runs/emotion", init=Path("runs/fer/best.pt"))
+    shared.add_options(parser, data_dir="data/google", init=Path("runs/fer/best.pt"))
+    add("--out-dir", type=Path, metavar="DIR", help=f"folder to write into (default: {OUT_DIR})")
     faces_help = "where the cut faces and their index are kept (default: --data-dir with _faces after it)"
     add("--faces-dir", type=Path, metavar="DIR", help=faces_help)
     add("--largest-face", action="store_true", help="of several faces cut the largest, do not leave them out")
@@ -619,6 +760,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     add("--image-size", **(shared.OPTIONS["image_size"] | {"help": size_help}))
     loss_help = "of accuracy on each val of --mix that the best model may have lost"
     add("--max-loss", type=points, default=1.0, metavar="POINTS", help=loss_help)
+    evaluate_help = "do not train, report how good this model is on --data-dir; files only with --out-dir"
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help=evaluate_help)
+    add("--cropped", action="store_true", help="with --evaluate: the photos are faces, cut already")
+    add("--csv", type=Path, metavar="FILE", help="with --evaluate: a table, a row for each photo")
     add("--review", action="store_true", help="do not train, write review.html: the labels that look wrong")
     corrections_help = "what the page of --review exported (default: corrections.csv in --data-dir, if there)"
     add("--corrections", type=Path, metavar="FILE", help=corrections_help)
@@ -639,7 +784,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    return shared.parse_with_resume(parser, argv, stage="emotion")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="emotion")
+    if not args.evaluate:
+        args.out_dir = args.out_dir or OUT_DIR
+    return args, resumed
 
 
 def train_on(
@@ -655,7 +803,7 @@ def train_on(
     """Train, draw the weights back if there are other sources, and report on all sets before and after.
 
     Args:
-        sets: "val" by source, the photos first, and "test".
+        sets: see `judged_sets`.
         max_loss: points of accuracy that each source's val may lose.
         options: of `model.fit_classifier`.
     """
@@ -685,31 +833,35 @@ def train_on(
 
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Cut the faces, train, and report on the held-out faces before and after; or write the review page."""
+    """Cut the faces, train, and report on the held-out faces before and after; or review or judge labels."""
     args, resumed = parse_args(argv)
     import torch
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
+    if args.evaluate:
+        evaluate_photos(
+            args.data_dir,
+            shared.Classifier(args.evaluate, device, ["all"]),
+            None if args.cropped else shared.FaceFinder(device),
+            largest_face=args.largest_face,
+            limit=args.limit,
+            out_dir=args.out_dir,
+            csv_path=args.csv,
+        )
+        return
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
     with shared.only_run_in(args.out_dir, faces_dir):
         parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-        if args.mix is None and not FER_DIR.is_dir():
-            print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
-        mix = ([str(FER_DIR)] if FER_DIR.is_dir() else []) if args.mix is None else args.mix
-        sources = shared.parse_sources(mix)
+        sources = find_sources(args.mix)
         found = shared.find_classes(args.data_dir)
         learned = sorted({*found, *(parent["classes"] if sources else ())})
-        known = [learned.index(name) for name in learned if name in parent["classes"]]
         corrections_path = args.corrections or args.data_dir / "corrections.csv"
         has_corrections = args.corrections or corrections_path.exists()
         corrections = read_corrections(corrections_path, learned) if has_corrections else {}
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
         records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
-        print(count_photos(records, found))
-        if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
-            names = ", ".join(unreadable[: shared.MAX_NAMED])
-            print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+        report_photos(records, found)
         if corrections:
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         faces = load_labelled(
@@ -720,34 +872,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
         options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
         batches = functools.partial(shared.FaceBatches, **options)
+        known = [learned.index(name) for name in learned if name in parent["classes"]]
         if args.review:
             every = batches(faces.images, faces.labels)
             probs = second_opinion(net, every, faces.groups, parent["temperature_all"], known)
-            page = args.out_dir / "review.html"
-            write_review(
-                page, faces, probs, learned, corrections=corrections, corrections_path=corrections_path
-            )
+            judged = {"corrections": corrections, "corrections_path": corrections_path}
+            write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
             return
         rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
-        train, sizes = training_data(
-            net,
-            faces,
-            rehearsed,
-            batches,
-            sources=sources,
-            known=known,
-            classes=learned,
-            share=args.mix_share,
-        )
-        sets = {
-            "val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])},
-            "test": {},
-        }
-        for name, part in rehearsed.items():
-            for split in part.keys() & sets.keys():
-                sets[split][name] = batches(*part[split])
+        mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
+        train, sizes = training_data(net, faces, rehearsed, batches, **mix)
+        sets = judged_sets(faces, rehearsed, batches)
         sizes |= {
-            f"{name} val": shared.count_labels(part.labels, learned) for name, part in sets["val"].items()
+            f"{name} val": shared.count_labels(own.labels, learned) for name, own in sets["val"].items()
         }
         shared.freeze_except(net, args.unfreeze)
         run = shared.Run(
@@ -759,9 +896,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=image_size,
             crop_margin=parent["crop_margin"],
             config=shared.plain_config(vars(args)),
-            best_name="undrawn.pt"
-            if sources
-            else "best.pt",  # what forgot too much must not be taken for best
+            best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
         )
         run.start(net, device, sizes, is_resumed=resumed is not None)
         schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
 
 
@@ -211,7 +212,7 @@ def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
 
 def report_split(
     folder: Path,
-    out_dir: Path,
+    out_dir: Path | None,
     checkpoint: dict,
     split: str,
     *,
@@ -265,7 +266,7 @@ def report_split(
 
 
 def report_sources(
-    sources: dict[str, shared.Source], out_dir: Path, checkpoint: dict, split: str, **options: object
+    sources: dict[str, shared.Source], out_dir: Path | None, checkpoint: dict, split: str, **options: object
 ) -> None:
     """Report on the same split of each source; the files and lines of all but the first have its name."""
     for number, (name, source) in enumerate(sources.items()):
@@ -281,9 +282,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     shared.add_options(
         parser,
         data_dir="data/fer",
-        out_dir="runs/fer",
         init=Path("runs/gray/best.pt"),
     )
+    out_help = f"folder to write into (default: {OUT_DIR}; with --evaluate nothing is written without it)"
+    add("--out-dir", type=Path, metavar="DIR", help=out_help)
     mix_help = (
         "other sources: DIR/<emotion>/* or DIR/{train,val,test}/<emotion>/*, drawn WEIGHT times as often"
     )
@@ -315,7 +317,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    return shared.parse_with_resume(parser, argv, stage="fer")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="fer")
+    if not args.evaluate:
+        args.out_dir = args.out_dir or OUT_DIR
+    return args, resumed
 
 
 @shared.one_line_errors
@@ -335,10 +340,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit=args.limit,
         device=device,
     )
+    if args.evaluate:
+        report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
+        return
     with shared.only_run_in(args.out_dir):
-        if args.evaluate:
-            report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
-            return
         learned = sorted({name for source in sources.values() for name in shared.find_classes(source.folder)})
         load = functools.partial(load_split, classes=learned, limit=args.limit)
         size = args.image_size if args.mix else None  # FER alone stays as small as it is

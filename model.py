@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import csv
 import errno
 import functools
@@ -1533,12 +1534,13 @@ def report(
     *,
     temperature: float,
     classes: Sequence[str],
-    out_dir: Path,
+    out_dir: Path | None,
     subsets: dict[str, Tensor],
 ) -> None:
     """Print how good logits (N, C) are, also by class; write `split`.json, _confusion.png, _reliability.png.
 
     Args:
+        out_dir: None to write nothing.
         subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
     """
     import torch
@@ -1562,6 +1564,8 @@ def report(
             figures = judge(logits[mask], labels[mask], temperature, classes)
             record["subsets"][name] = {key: figures[key] for key in ("n", *FIGURES)}
             print(f"{split}, {name}: {line(figures)}")
+    if not out_dir:
+        return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
     plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
@@ -2213,6 +2217,7 @@ class Classifier:
 
     Attributes:
         classes: names that it tells apart, in the order of the probabilities.
+        default_classes: those that it tells apart unless asked for others.
         image_size: side of the network's input, pixels.
         crop_margin: for `crop_faces`.
         temperature: of the softmax.
@@ -2241,19 +2246,32 @@ class Classifier:
         key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
         notes = self._engine.notes
-        learned, default = notes["classes"], notes["default_classes"]
-        emotions = learned if list(emotions) == ["all"] else sorted(set(emotions)) or default
+        self._path, self._notes = path, notes
+        self.default_classes = tuple(notes["default_classes"])
+        self._choose(emotions)
+        self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
+
+    def _choose(self, emotions: Sequence[str]) -> None:
+        """Set what depends on the classes to tell apart."""
+        learned = self._notes["classes"]
+        emotions = learned if list(emotions) == ["all"] else sorted(set(emotions)) or self.default_classes
         if unknown := set(emotions) - set(learned):
             raise ValueError(
-                f"{path} has not learned {', '.join(sorted(unknown))}; expected some of "
+                f"{self._path} has not learned {', '.join(sorted(unknown))}; expected some of "
                 f"{', '.join(learned)}, or all"
             )
         if len(emotions) < 2:
             raise ValueError(f"expected two or more of {', '.join(learned)}, got only {emotions[0]}")
         self.classes = tuple(emotions)
         self._columns = [learned.index(name) for name in emotions]
-        self.temperature = notes["temperature" if set(emotions) == set(default) else "temperature_all"]
-        self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
+        is_default = set(emotions) == set(self.default_classes)
+        self.temperature = self._notes["temperature" if is_default else "temperature_all"]
+
+    def among(self, emotions: Sequence[str]) -> Classifier:
+        """Return this classifier for other classes that it has learned; raises as the constructor."""
+        other = copy.copy(self)
+        other._choose(emotions)
+        return other
 
     def predict(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
         """Classify the faces in `boxes` (N, 4) in one batch; return probabilities (N, C) float32."""
