@@ -11,10 +11,8 @@ where the outputs go), frames (reading videos and cameras), faces, tracks, label
 videos, plots, the live window), main.
 
 Usage:
-    python detect_emotions.py resources/sample.jpg
-    python detect_emotions.py --out-dir labelled --csv labelled/faces.csv photos/*.jpg
-    python detect_emotions.py --recursive holiday
-    python detect_emotions.py --camera 0
+    python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
+    python detect_emotions.py holiday --recursive --out-dir runs/holiday --csv runs/holiday/faces.csv
 """
 
 from __future__ import annotations
@@ -1170,7 +1168,7 @@ def face_size(text: str) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     share, positive = shared.number(float, 0, 1), shared.number(float, 0)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="photo, video, folder of them, or pattern")

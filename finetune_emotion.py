@@ -16,9 +16,8 @@ zero-shot models", arXiv:2109.01903). Photos that stand in FER's val or test, wh
 are not learned from.
 
 Usage:
-    python finetune_emotion.py --data-dir data/google --init runs/fer/best.pt --mix data/fer
-    python finetune_emotion.py --data-dir data/google --review
-    python finetune_emotion.py --data-dir my_photos --no-mix --unfreeze fc --epochs 3
+    python finetune_emotion.py
+    python finetune_emotion.py --review
 """
 
 from __future__ import annotations
@@ -526,7 +525,7 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, points = parser.add_argument, shared.number(float, 0, 100)
     shared.add_options(parser, data_dir="data/google", out_dir="runs/emotion", init=Path("runs/fer/best.pt"))
     faces_help = "where the cut faces and their index are kept"

@@ -12,9 +12,8 @@ are looked at once, at the end: all of them, and apart from that those that also
 those of whose label six of FER+'s ten voters are sure.
 
 Usage:
-    python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
-    python finetune_fer.py --data-dir data/fer --evaluate runs/fer/best.pt --out-dir runs/fer
-    python finetune_fer.py --data-dir data/fer5 --init runs/a/best.pt --teachers runs/a/best.pt runs/b/best.pt
+    python finetune_fer.py
+    python finetune_fer.py --evaluate resources/emotion_resnet50.pt --out-dir runs/check
 """
 
 from __future__ import annotations
@@ -208,7 +207,7 @@ def report_split(
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, share = parser.add_argument, shared.number(float, 0, 1)
     shared.add_options(
         parser,
