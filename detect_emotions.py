@@ -30,6 +30,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -81,13 +82,22 @@ class Source(NamedTuple):
     is_named: bool = True  # on the command line, not found in a folder or by a pattern
 
 
+def path_kind(path: Path) -> str | None:
+    """Return "file", "folder" or "device", pipes included; None if it is missing or may not be looked at."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "device"
+
+
 def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path] | None:
     """List the files of a folder or pattern, sorted; return None if the text is the name of one file.
 
     Folders that are not looked into are counted in `left_out`.
     """
     path, files, errors = Path(text), [], []
-    if path.is_dir():
+    if path_kind(path) == "folder":
         for folder, subfolders, names in os.walk(path, onerror=errors.append):
             files += [Path(folder, name) for name in names]
             if not recursive:
@@ -96,9 +106,9 @@ def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path]
             left_out["linked folder"] += sum(Path(folder, name).is_symlink() for name in subfolders)
         left_out["unreadable folder"] += len(errors)
         return sorted(files)
-    if not glob.has_magic(text) or path.exists():
+    if not glob.has_magic(text) or path_kind(path):
         return None
-    base = next(folder for folder in path.parents if folder.exists())  # whose name may have brackets
+    base = next(folder for folder in path.parents if path_kind(folder))  # whose name may have brackets
     pattern = str(path.relative_to(base))
     if not glob.has_magic(pattern):
         return None
@@ -107,7 +117,7 @@ def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path]
 
 def why_left_out(path: Path) -> str | None:
     """Return why a file that was found in a folder is not to be labelled, None if it is."""
-    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises where a folder may not be searched)
+    if path_kind(path) != "file":
         return "not a regular file"
     if path.name.startswith("._"):
         return "side file of macOS"
@@ -130,14 +140,15 @@ def find_sources(
     sources = {}
     for text in inputs:
         path, reasons = Path(text), Counter()
-        if re.match(r"[\w+.-]+://", text) and not path.exists():
+        kind = path_kind(path)
+        if kind is None and re.match(r"[\w+.-]+://", text):
             raise ValueError(f"{text} is an address; name a file, or label a stream with --camera ADDRESS")
-        files, top = list_files(text, recursive, reasons), path if path.is_dir() else None
+        if kind == "device":
+            raise ValueError(f"{text} is a pipe or a device; save what it gives as a file")
+        files = list_files(text, recursive, reasons)
         is_named = files is None
         if is_named:
             files = [path]
-            if path.exists() and not path.is_file():
-                raise ValueError(f"{text} is a pipe or a device; save what it gives as a file")
         else:
             why = {file: why_left_out(file) for file in files}
             reasons.update(filter(None, why.values()))
@@ -148,9 +159,9 @@ def find_sources(
                 raise ValueError(f"{text} has no photos or videos{others}; {remedy}")
         left_out.update(reasons)
         for file in files:
-            kind = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
-            below = file.parent.relative_to(top) if top else ""
-            source = Source(file, kind, out_dir / below if out_dir else file.parent, is_named)
+            medium = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
+            below = file.parent.relative_to(path) if kind == "folder" else ""
+            source = Source(file, medium, out_dir / below if out_dir else file.parent, is_named)
             if is_named or real_path(file) not in sources:
                 sources[real_path(file)] = source
     return list(sources.values())
@@ -168,16 +179,15 @@ def real_path(path: Path) -> Path:
 
 def is_own(path: Path) -> bool:
     """Return whether a file says that this script wrote it: by MARK, or a table by its columns."""
-    with suppress(OSError):
+    if path_kind(path) != "file":
+        return False
+    with suppress(OSError), path.open("rb") as file:
         near_end = max(0, path.stat().st_size - 2**16)
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            for start, length in ((0, 2**16), (near_end, 2**16), (0, MARKED_WITHIN)):
-                file.seek(start)
-                part = file.read(length)
-                if MARK.encode() in part or part.startswith(TABLES):
-                    return True
+        for start, length in ((0, 2**16), (near_end, 2**16), (0, MARKED_WITHIN)):
+            file.seek(start)
+            part = file.read(length)
+            if MARK.encode() in part or part.startswith(TABLES):
+                return True
     return False
 
 
@@ -251,30 +261,38 @@ def plan_outputs(
     others = [*owners, *(source.path for source in kept)]
     if csv_path and real_path(csv_path) in map(real_path, others):
         raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
-    check_outputs([*owners, *filter(None, [csv_path])], overwrite)
+    check_outputs(owners, overwrite)
+    if csv_path:
+        check_outputs([csv_path], overwrite)
     return plan
 
 
-def check_outputs(paths: Sequence[Path], overwrite: bool) -> None:
-    """Find out before the work what cannot or must not be written; raises as `plan_outputs`."""
-    for folder, path in {path.parent: path for path in paths}.items():
-        try:
-            there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-            tempfile.TemporaryFile(dir=there).close()
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}") from None
-    taken = [path for path in paths if os.path.lexists(path)]
-    for path in taken:
-        if not path.is_file():
-            reason = "Is a directory" if path.is_dir() else "not a regular file"
-            raise OSError(f"cannot write {path}: {reason}")
-    strangers = [path for path in taken if not is_own(path)]
-    if strangers and not overwrite:
+def check_outputs(paths: Iterable[Path], overwrite: bool) -> None:
+    """Find out before the work whether none can be written, or some must not be; raises as `plan_outputs`."""
+    failures = [why_not_writable(path) for path in {path.parent: path for path in paths}.values()]
+    if failures and all(failures):
+        raise OSError(failures[0])
+    strangers = (
+        [] if overwrite else [path for path in paths if path_kind(path) == "file" and not is_own(path)]
+    )
+    if strangers:
         others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise ValueError(
             f"{strangers[0]}{others} would be replaced, but does not say that this program wrote it; "
             "--overwrite replaces it, as copies of earlier versions need, and --out-dir writes elsewhere"
         )
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why a file cannot be written, as far as can be known before, or None."""
+    reason = {"folder": "Is a directory", "device": "Not a regular file"}.get(path_kind(path))
+    if reason is None:
+        try:
+            there = next(parent for parent in path.parents if os.path.lexists(parent))
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            reason = error.strerror
+    return reason and f"cannot write {path}: {reason}"
 
 
 def leave_out_finished(

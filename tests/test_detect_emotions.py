@@ -595,7 +595,7 @@ def test_output_that_cannot_be_written_is_found_before_the_first_photo(run, smal
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere/else")
     places = {"file/below": "Not a directory", "link/below": "No such file or directory"}
-    places |= {"folder": "Is a directory", "/dev/null": "not a regular file"} if option == "--csv" else {}
+    places |= {"folder": "Is a directory", "/dev/null": "Not a regular file"} if option == "--csv" else {}
     for place, reason in places.items():
         code, out, err = run(tmp_path / "x.png", option, tmp_path / place)
         path = tmp_path / place / ("" if option == "--csv" else "x_emotions.png")
