@@ -6,8 +6,8 @@ probabilities are smoothed over time; beside the labelled video stand a table of
 of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
 video, tab-separated, or JSON Lines.
 
-The parts stand in the order in which a picture passes through them: sources (what is to be labelled, and
-where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
+The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
+(where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
 videos, plots, the live window), main.
 
 Usage:
@@ -191,7 +191,7 @@ def is_own(path: Path) -> bool:
     return False
 
 
-# --- names of outputs ---
+# --- plan ---
 
 
 def name_outputs(source: Source, base: str, has_video: bool) -> dict[str, Path]:
@@ -236,9 +236,7 @@ def plan_outputs(
     """Name all outputs, and leave out sources that are outputs of others: own ones, or to be overwritten.
 
     Raises:
-        ValueError: an output would overwrite a source, the CSV another output, or anything, unless
-            `overwrite`, a file that does not say that this script wrote it.
-        OSError: an output cannot be written.
+        ValueError: an output would overwrite a source, or the CSV would overwrite either.
     """
     outputs = {
         real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
@@ -261,26 +259,23 @@ def plan_outputs(
     others = [*owners, *(source.path for source in kept)]
     if csv_path and real_path(csv_path) in map(real_path, others):
         raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
-    check_outputs(owners, overwrite)
-    if csv_path:
-        check_outputs([csv_path], overwrite)
     return plan
 
 
-def check_outputs(paths: Iterable[Path], overwrite: bool) -> None:
-    """Find out before the work whether none can be written, or some must not be; raises as `plan_outputs`."""
-    failures = [why_not_writable(path) for path in {path.parent: path for path in paths}.values()]
-    if failures and all(failures):
-        raise OSError(failures[0])
-    strangers = (
-        [] if overwrite else [path for path in paths if path_kind(path) == "file" and not is_own(path)]
-    )
-    if strangers:
-        others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        raise ValueError(
-            f"{strangers[0]}{others} would be replaced, but does not say that this program wrote it; "
-            "--overwrite replaces it, as copies of earlier versions need, and --out-dir writes elsewhere"
-        )
+def leave_out_finished(
+    plan: dict[Source, dict[str, Path]], left_out: Counter[str]
+) -> dict[Source, dict[str, Path]]:
+    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
+
+    def is_finished(source: Source) -> bool:
+        with suppress(OSError):
+            changed = source.path.stat().st_mtime
+            return all(path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values())
+        return False
+
+    left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
+    left_out["finished before (--overwrite does it again)"] += len(plan) - len(left)
+    return left
 
 
 def why_not_writable(path: Path) -> str | None:
@@ -295,20 +290,30 @@ def why_not_writable(path: Path) -> str | None:
     return reason and f"cannot write {path}: {reason}"
 
 
-def leave_out_finished(
-    plan: dict[Source, dict[str, Path]], left_out: Counter[str]
-) -> dict[Source, dict[str, Path]]:
-    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
+def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
+    """Find out before the work what must not be written, or that nothing can be.
 
-    def is_finished(source: Source) -> bool:
-        with suppress(OSError):
-            changed = source.path.stat().st_mtime
-            return all(path.stat().st_mtime >= changed for path in plan[source].values())
-        return False
-
-    left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
-    left_out["finished before (--overwrite does it again)"] += len(plan) - len(left)
-    return left
+    Raises:
+        ValueError: without `overwrite`, a file would be replaced that does not say that this script wrote it.
+        OSError: the CSV cannot be written, or all folders of outputs are such.
+    """
+    paths, tables = (
+        [path for outputs in plan.values() for path in outputs.values()],
+        [csv_path] * bool(csv_path),
+    )
+    for group in (paths, tables):
+        failures = [why_not_writable(path) for path in {path.parent: path for path in group}.values()]
+        if failures and all(failures):
+            raise OSError(failures[0])
+    if overwrite:
+        return
+    strangers = [path for path in paths + tables if path_kind(path) == "file" and not is_own(path)]
+    if strangers:
+        others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise ValueError(
+            f"{strangers[0]}{others} would be replaced, but does not say that this program wrote it; "
+            "--overwrite replaces it, as copies of earlier versions need, and --out-dir writes elsewhere"
+        )
 
 
 # --- frames ---
@@ -1445,6 +1450,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_outputs(sources, not args.no_video, args.csv, args.overwrite, left_out)
     if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
         plan = leave_out_finished(plan, left_out)
+    check_outputs(plan, args.csv, args.overwrite)
     load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
@@ -1480,12 +1486,11 @@ def main(argv: list[str] | None = None) -> None:
                 if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
             except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the others are still worth it
-                if isinstance(error, MemoryError) or "alloc" in str(
-                    error
-                ):  # as the networks' libraries say it
-                    error = f"{source.path} needs more memory than there is"
-                elif isinstance(error, BrokenPipeError | RuntimeError):
+                is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+                if is_bug or isinstance(error, BrokenPipeError):
                     raise
+                if isinstance(error, MemoryError | RuntimeError):
+                    error = f"{source.path} needs more memory than there is"
                 tqdm.write(f"error: {shared.printable(error)}", file=sys.stderr)
                 has_failed = True
                 left_out["failed, see above"] += not source.is_named
