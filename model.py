@@ -1956,7 +1956,7 @@ class Classifier:
         key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
         notes = self._engine.notes
-        self.classes = tuple(map(printable, notes["classes"]))
+        self.classes = tuple(notes["classes"])
         self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
         self.temperature = notes["temperature"]
 
@@ -1972,19 +1972,13 @@ class Classifier:
         return [probs[end - len(own) : end] for own, end in zip(crops, ends, strict=True)]
 
     def predict_crops(self, crops: Sequence[Image.Image]) -> np.ndarray:
-        """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32.
-
-        Raises:
-            ValueError: the network's answer is not finite.
-        """
+        """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32."""
         size = self.image_size
         images = np.empty((len(crops), size, size, 1), np.float32)
         for i, crop in enumerate(crops):  # as normalize_faces, which trained it, resizes: not rounded
             gray = crop.convert("L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
-        if not np.isfinite(logits).all():
-            raise ValueError("the model computes no finite numbers for a face; take another")
         logits = logits / self.temperature
         if not np.isfinite(logits).all():
             raise ValueError("the model's weights are so large that it gives no probabilities; train it anew")
