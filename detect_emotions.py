@@ -231,12 +231,12 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
 
 
 def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None, overwrite: bool, left_out: Counter[str]
+    sources: Sequence[Source], has_video: bool, csv_path: Path | None, left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
-    """Name all outputs, and leave out sources that are outputs of others: own ones, or to be overwritten.
+    """Name all outputs; leave out what stands where one goes: a copy, most likely, and to be replaced.
 
     Raises:
-        ValueError: an output would overwrite a source, or the CSV would overwrite either.
+        ValueError: an output would overwrite a source that was named, or the CSV a source or an output.
     """
     outputs = {
         real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
@@ -244,10 +244,9 @@ def plan_outputs(
     kept = [
         source
         for source in sources
-        if real_path(source.path) not in outputs
-        or not (is_own(source.path) or (overwrite and not source.is_named))
+        if real_path(source.path) not in outputs or (source.is_named and not is_own(source.path))
     ]
-    left_out[OWN] += len(sources) - len(kept)
+    left_out["in the place of a copy"] += len(sources) - len(kept)
     plan = name_apart(kept, has_video)
     owners = {path: source for source, outputs in plan.items() for path in outputs.values()}
     named = {real_path(source.path) for source in kept if source.is_named}
@@ -290,30 +289,31 @@ def why_not_writable(path: Path) -> str | None:
     return reason and f"cannot write {path}: {reason}"
 
 
-def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
-    """Find out before the work what must not be written, or that nothing can be.
+def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
+    """Find out whether outputs may be written.
 
     Raises:
-        ValueError: without `overwrite`, a file would be replaced that does not say that this script wrote it.
-        OSError: the CSV cannot be written, or all folders of outputs are such.
+        ValueError: one is there, does not say that this script wrote it, and is not to be overwritten.
     """
-    paths, tables = (
-        [path for outputs in plan.values() for path in outputs.values()],
-        [csv_path] * bool(csv_path),
-    )
-    for group in (paths, tables):
+    for path in paths:
+        if not overwrite and path_kind(path) == "file" and not is_own(path):
+            remedy = "--overwrite replaces it, as copies of earlier versions need, --out-dir writes elsewhere"
+            raise ValueError(f"{path} does not say that this program wrote it; {remedy}")
+
+
+def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
+    """Find out before the work if the CSV cannot be written, or nothing else can.
+
+    Raises:
+        OSError: it is so.
+        ValueError: the CSV is not to be replaced, see `check_replaceable`.
+    """
+    tables, paths = [csv_path] if csv_path else [], [path for each in plan.values() for path in each.values()]
+    for group in (tables, paths):
         failures = [why_not_writable(path) for path in {path.parent: path for path in group}.values()]
         if failures and all(failures):
             raise OSError(failures[0])
-    if overwrite:
-        return
-    strangers = [path for path in paths + tables if path_kind(path) == "file" and not is_own(path)]
-    if strangers:
-        others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
-        raise ValueError(
-            f"{strangers[0]}{others} would be replaced, but does not say that this program wrote it; "
-            "--overwrite replaces it, as copies of earlier versions need, and --out-dir writes elsewhere"
-        )
+    check_replaceable(tables, overwrite)
 
 
 # --- frames ---
@@ -1447,7 +1447,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
-    plan = plan_outputs(sources, not args.no_video, args.csv, args.overwrite, left_out)
+    plan = plan_outputs(sources, not args.no_video, args.csv, left_out)
     if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
         plan = leave_out_finished(plan, left_out)
     check_outputs(plan, args.csv, args.overwrite)
@@ -1476,6 +1476,7 @@ def main(argv: list[str] | None = None) -> None:
 
         for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
             try:
+                check_replaceable(outputs.values(), args.overwrite)
                 if source.kind == "photo":
                     emit(label_photo(source.path, outputs["copy"], kit))
                     continue

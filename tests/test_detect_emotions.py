@@ -552,21 +552,22 @@ def test_folder_labelled_twice_does_not_take_its_own_copies(run, small, tmp_path
 
 def test_own_file_with_the_name_of_a_copy_is_replaced_only_by_overwrite(run, small, tmp_path):
     photo, own = tmp_path / "x.png", tmp_path / "x_emotions.png"
-    small.save(photo)
-    small.save(own)
+    for path in (photo, own, tmp_path / "y.png"):
+        small.save(path)
     before = own.read_bytes()
-    for args in ([photo], [tmp_path], [photo, "--json"]):
+    for args, others in (([photo], []), ([tmp_path], ["y.png"]), ([photo, "--json"], [])):
         code, out, err = run(*args)
-        assert (code, out) == (1, "")
-        assert err.startswith(f"error: {own} would be replaced, but does not say that this program wrote it")
-        assert "--overwrite" in err
-    assert (names(tmp_path), own.read_bytes()) == (["x.png", "x_emotions.png"], before)
-    assert run(tmp_path, "--out-dir", tmp_path / "out")[0] == 0  # there it is an input
-    assert names(tmp_path / "out") == ["x_emotions.png", "x_emotions_emotions.png"]
+        assert (code, labelled(out)) == (1, others)
+        assert err.startswith(
+            f"error: {own} does not say that this program wrote it; --overwrite replaces it"
+        )
+    assert (names(tmp_path), own.read_bytes()) == (["x.png", own.name, "y.png", "y_emotions.png"], before)
+    assert run(own, "--out-dir", tmp_path / "out")[0] == 0
+    assert names(tmp_path / "out") == ["x_emotions_emotions.png"]
     code, out, err = run(tmp_path, "--overwrite")
-    assert (code, labelled(out)) == (0, ["x.png"])
+    assert (code, labelled(out)) == (0, ["x.png", "y.png"])
     assert own.read_bytes() != before
-    assert labelled(run(photo)[1]) == ["x.png"]  # it is marked now
+    assert labelled(run(photo)[1]) == ["x.png"]  # the copy is marked now
 
 
 def test_own_file_named_as_a_copy_is_an_input_of_its_folder(run, small, tmp_path):
@@ -582,7 +583,7 @@ def test_table_is_replaced_only_by_its_like_or_by_overwrite(run, small, tmp_path
     table.write_text("name,phone\nAda,1\n")
     code, out, err = run(photo, "--csv", table)
     assert (code, out, table.read_text()) == (1, "", "name,phone\nAda,1\n")
-    assert err.startswith(f"error: {table} would be replaced")
+    assert err.startswith(f"error: {table} does not say that this program wrote it; --overwrite replaces it")
     for options in (["--overwrite"], []):
         assert run(photo, "--csv", table, *options)[0] == 0
         assert [row["face"] for row in table_rows(table)] == ["1"]
