@@ -224,9 +224,10 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
             paths = {source: real_path(source.path) for source in group}
             common = os.path.commonpath([path.parent for path in paths.values()])
             for source, path in paths.items():
-                bases[source] = "_".join(path.relative_to(common).parts)
+                below = path.relative_to(common)
+                bases[source] = "_".join(below.parts)
                 if has_digest:
-                    bases[source] += "_" + hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+                    bases[source] += "_" + hashlib.sha256(os.fsencode(below)).hexdigest()[:8]
     return {source: name_outputs(source, bases[source], has_video) for source in sources}
 
 
