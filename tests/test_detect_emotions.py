@@ -9,13 +9,14 @@ import struct
 import zlib
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import address_space_limit, file_size_limit
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor, ImageDraw
-from test_detect_video import write_video
+from test_detect_video import OUTPUTS, write_video
 from tiny_resnet import ARCH
 
 import detect_emotions
@@ -655,6 +656,36 @@ def test_copy_carries_the_colour_profile_and_the_mark_and_nothing_private(run, s
             assert image.info.get("icc_profile") == (None if suffix == "jp2" else profile)
             kept = dict(image.getexif()).items()
             assert {value for tag, value in kept if tag > 0x0120 and isinstance(value, str)} <= {MARK}
+
+
+def test_copy_of_a_video_carries_the_mark_and_nothing_private(run, small, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 3, sound="aac")
+    photo_app = {"movflags": "use_metadata_tags"}
+    with av.open(str(clip)) as source, av.open(str(tmp_path / "x.mov"), "w", options=photo_app) as output:
+        output.metadata.update({"com.apple.quicktime.location.ISO6709": "private", "comment": "private"})
+        streams = [output.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                output.mux(packet)
+    assert (tmp_path / "x.mov").read_bytes().count(b"private") == 2
+    assert run(tmp_path / "x.mov")[0] == 0
+    copy = (tmp_path / "x_emotions.mp4").read_bytes()
+    assert (copy.count(b"private"), copy.count(MARK.encode())) == (0, 1)
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_nothing_half_and_the_next_one_clears_up(run, start, small, tmp_path):
+    write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 5)
+    small.save(tmp_path / "x.png")
+    stop = Path(__file__).with_name("stop_at.py")
+    for name in ("clip_emotions_timeline.png", "x_emotions.png"):
+        process = start(stop, "SIGKILL", 1, name, detect_emotions.__file__, tmp_path)
+        assert process.wait() == -signal.SIGKILL
+        assert any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+        assert not (tmp_path / name).exists()
+    assert run(tmp_path)[0] == 0
+    assert names(tmp_path) == ["clip.mp4", *sorted(OUTPUTS), "x.png", "x_emotions.png"]
 
 
 def test_two_runs_over_one_folder_both_end_whole(run, start, small, tmp_path):
