@@ -18,10 +18,8 @@ which may have come from a search too, are not learned from.
 The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well.
 
 Usage:
-    python finetune_emotion.py --data-dir data/google --init runs/fer/best.pt --mix data/fer data/affectnet
-    python finetune_emotion.py --data-dir data/google --review
-    python finetune_emotion.py --data-dir my_photos --no-mix --unfreeze fc --epochs 3
-    python finetune_emotion.py --data-dir my_photos --evaluate runs/emotion/best.pt --csv labels.csv
+    python finetune_emotion.py
+    python finetune_emotion.py --review
 """
 
 from __future__ import annotations
@@ -744,7 +742,7 @@ def evaluate_photos(
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, points = parser.add_argument, shared.number(float, 0, 100)
     shared.add_options(parser, data_dir="data/google", init=Path("runs/fer/best.pt"))
     add("--out-dir", type=Path, metavar="DIR", help=f"folder to write into (default: {OUT_DIR})")

@@ -15,9 +15,8 @@ Validation (of FER it is PublicTest) picks the best epoch and the temperature of
 count alike. The test faces (of FER PrivateTest) are looked at once, at the end.
 
 Usage:
-    python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
-    python finetune_fer.py --data-dir data/fer --mix data/affectnet data/rafdb=0.5 --out-dir runs/mixed
-    python finetune_fer.py --data-dir data/fer --evaluate runs/fer/best.pt --out-dir runs/fer
+    python finetune_fer.py
+    python finetune_fer.py --evaluate resources/emotion_resnet50.pt --out-dir runs/check
 """
 
 from __future__ import annotations
@@ -277,7 +276,7 @@ def report_sources(
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, share = parser.add_argument, shared.number(float, 0, 1)
     shared.add_options(
         parser,

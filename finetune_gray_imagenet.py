@@ -8,7 +8,7 @@ By default the stem alone learns, as in the original toolkit; the frozen rest ke
 
 Usage:
     python finetune_gray_imagenet.py --data-dir data/imagenet
-    python finetune_gray_imagenet.py --data-dir data/imagenet --arch resnet18 --unfreeze conv1 bn1 layer1
+    python finetune_gray_imagenet.py --unfreeze conv1 bn1 layer1 --out-dir runs/gray_layer1
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     shared.add_options(parser, data_dir="data/imagenet", out_dir="runs/gray")
     add = parser.add_argument
     add("--arch", choices=shared.ARCHS, default="resnet50", help="network")

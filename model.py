@@ -2375,6 +2375,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+def build_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring and ends with its last part, Usage."""
+    about, _, examples = doc.partition("Usage:\n")
+    epilog = f"examples:\n{examples}"
+    return argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=HelpFormatter)
+
+
 _SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(float, 0)
 # What several scripts understand; the default is the script's own.
 OPTIONS = {

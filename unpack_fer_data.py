@@ -15,8 +15,8 @@ FER+ (Barsoum et al. 2016, arXiv:1608.01041; fer2013new.csv of github.com/micros
 row, what ten people saw in each face. --ferplus writes their votes to `<out-dir>/votes.csv`.
 
 Usage:
-    python unpack_fer_data.py fer2013.csv
-    python unpack_fer_data.py fer2013.csv.xz --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer
+    python unpack_fer_data.py fer2013.csv --out-dir data/fer_all
+    python unpack_fer_data.py fer2013.csv --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer_clean
 """
 
 from __future__ import annotations
@@ -390,7 +390,7 @@ def unpack(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add = parser.add_argument
     add("csv", type=Path, help="fer2013.csv, icml_face_data.csv or train.csv; plain, .gz, .xz or .zip")
     shared.add_options(parser, out_dir=Path("data/fer"))
