@@ -82,6 +82,11 @@ MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
 # 124,750 pairs 32 do not differ at all, being the same picture, one by 4 bits, and the others by 6 and more.
 NEAR_BITS = 4
 
+# Which addresses are special: https://www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-.
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+# What ipaddress of Python 3.11 does not know: protocol assignments, 6to4 relays, documentation.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
+
 PER_HOST = 2  # downloads at a time from one host; chosen here, browsers take six
 MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
@@ -129,10 +134,15 @@ class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the open internet: not private, loopback, link-local, reserved."""
+    """Return whether an IP address is on the open internet, also by what IPv4 address an IPv6 one stands for."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-    return ip.is_global and not ip.is_multicast
+    if ip.version == 6 and ip in NAT64:
+        ip = ipaddress.IPv4Address(ip.packed[-4:])
+    if any(ip in network for network in NOT_PUBLIC if network.version == ip.version):
+        return False
+    # Of IPv6 only 2000::/3 is given out; the rest is reserved, which is_global does not look at.
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
 def parse_http_url(url: str) -> Url:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import shutil
@@ -352,27 +353,39 @@ def test_only_http_is_fetched(url, out_dir, tmp_path):
     assert reasons(out_dir) == {"not allowed": 1}
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        ("127.0.0.1", False),
-        ("10.1.2.3", False),
-        ("192.168.0.1", False),
-        ("169.254.169.254", False),  # where clouds keep their secrets
-        ("100.64.0.1", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("::1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("2002:7f00:1::", False),  # 127.0.0.1 by 6to4
-    ],
-)
-def test_is_public_knows_private_addresses_in_every_guise(address, expected):
-    assert download_data.is_public(address) is expected
+PUBLIC = ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
+PUBLIC += ["::ffff:93.184.215.14", "2002:5db8:d70e::", "64:ff9b::93.184.215.14"]
+# IANA's special-purpose registries for IPv4 and IPv6, as of 2025: all blocks that are not globally reachable.
+# A block of addresses for protocols counts as a whole, though some of it can be reached.
+SPECIAL = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
+    192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 255.255.255.255/32
+    ::/128 ::1/128 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/32 2001:2::/48 2001:10::/28 2001:db8::/32
+    3fff::/20 5f00::/16 fc00::/7 fe80::/10""".split()
+SPECIAL += ["224.0.0.0/4", "ff00::/8", "fec0::/10"]  # multicast, and what was site-local
+REACHABLE = "192.31.196.0/24 192.52.193.0/24 192.175.48.0/24 2620:4f:8000::/48".split()
+
+
+@pytest.mark.parametrize("block", SPECIAL)
+def test_no_address_of_a_special_block_is_public_in_any_guise(block):
+    network = ipaddress.ip_network(block)
+    for address in network[0], network[network.num_addresses // 2], network[-1]:
+        assert not download_data.is_public(str(address))
+        if address.version == 4:
+            last = address.packed.hex(":", 2)  # ::1.2.3.4 mapped, compatible, translated, by NAT64, by 6to4
+            starts = ("::ffff:", "::", "::ffff:0:", "64:ff9b::", "64:ff9b:1::")
+            for guise in (*(start + last for start in starts), f"2002:{last}::1"):
+                assert not download_data.is_public(guise), guise
+
+
+@pytest.mark.parametrize("address", [*PUBLIC, *(block.partition("/")[0] for block in REACHABLE)])
+def test_other_addresses_are_public(address):
+    assert download_data.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["fe80::1%eth0", "::127.0.0.1", "::ffff:0:7f00:1", "::93.184.215.14"])
+def test_is_public_knows_link_local_and_outdated_forms(address):
+    assert not download_data.is_public(address)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"])
