@@ -49,9 +49,11 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
+from urllib.request import Request, getproxies, proxy_bypass
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 
     from selenium.webdriver import Chrome
     from urllib3 import HTTPResponse
+    from urllib3.connection import HTTPConnection
     from urllib3.util import Url
 
     Ask = Callable[[str, dict], dict]  # (url, fields) -> what a public API answers
@@ -91,12 +94,13 @@ PER_HOST = 2  # downloads at a time from one host; chosen here, browsers take si
 MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
 BACKOFF_S = 1.0  # before the first retry; doubles from one to the next
+MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here; for longer it is left alone
 CHUNK_BYTES = 2**16
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
-UNREACHABLE, REMOVED = "unreachable", "removed"
-# Why a picture is not kept, in the order of the table. Only what was unreachable is tried again.
-REASONS = (UNREACHABLE, "http error", "not allowed", "too big", "no image", "too small")
+UNREACHABLE, BUSY, REMOVED = "unreachable", "busy", "removed"
+# Why a picture is not kept, in the order of the table. The next run tries the first two again.
+REASONS = (UNREACHABLE, BUSY, "http error", "not allowed", "too big", "no image", "too small")
 REASONS += ("changed", "no face", "several faces", "copy", "two labels")
 FOUND = ("url", "page", "title", "license", "is_thumbnail")  # what the journal keeps of each Result
 
@@ -134,7 +138,7 @@ class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the open internet, also by what IPv4 address an IPv6 one stands for."""
+    """Return whether an IP address is on the open internet, an IPv6 one also by the IPv4 one in it."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
     if ip.version == 6 and ip in NAT64:
@@ -159,20 +163,37 @@ def parse_http_url(url: str) -> Url:
     return parts
 
 
-def connect(host: str, port: int, timeout_s: float, allow_private: bool) -> socket.socket:
-    """Connect to the first address of a host that answers, each in an equal share of the time.
-
-    The name is resolved once, and the very address that was checked is connected to, so a name server cannot
-    change its mind in between. Raises Refusal for private addresses, OSError where none answers.
-    """
+def resolve(host: str, port: int, allow_private: bool) -> list[str]:
+    """Return the addresses of a host; raises Refusal if one of them is private, OSError if there is none."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    *others, last = addresses = list(dict.fromkeys(info[4][0] for info in found))
+    addresses = list(dict.fromkeys(info[4][0] for info in found))
     if not allow_private and not all(map(is_public, addresses)):
         raise Refusal("not allowed", f"{host} is at a private address; --allow-private permits that")
+    return addresses
+
+
+def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.socket:
+    """Connect to the first address that answers, each in an equal share of the time; raises OSError."""
+    *others, last = addresses
     for address in others:
         with contextlib.suppress(OSError):
             return socket.create_connection((address, port), timeout_s / len(addresses))
     return socket.create_connection((last, port), timeout_s / len(addresses))
+
+
+def read_proxies() -> dict[str, Url]:
+    """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    proxies = {}
+    for scheme, address in getproxies().items():
+        if scheme in ("http", "https"):
+            with contextlib.suppress(LocationParseError):
+                proxies[scheme] = parse_url(address)
+            if scheme not in proxies or proxies[scheme].scheme not in (None, "http"):
+                raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
+    return proxies
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -184,14 +205,17 @@ def shut_down(connection: socket.socket) -> None:
 class Downloader:
     """Fetches over http and https what strangers serve, from several threads at once.
 
-    urllib3 makes the requests and decodes the answers, but neither connects nor follows redirects: each
-    address is checked before it is connected to, and one deadline holds for the whole of a request, which
-    takes a socket of our own.
+    urllib3 makes the requests, also through a proxy, and decodes the answers. But each address is checked
+    before it is connected to, the name is not resolved again, so that a name server cannot change its mind in
+    between, and one deadline holds for the whole of a request; so the sockets and redirects are our own.
 
     Args:
         timeout_s: seconds for one request.
         retries: how often to try again what may be a passing failure.
         contact: who is asking, for the user agent.
+
+    Raises:
+        ValueError: the environment names a proxy that cannot be used.
     """
 
     def __init__(self, timeout_s: float, retries: int, allow_private: bool, contact: str | None):
@@ -204,9 +228,11 @@ class Downloader:
         agent = f"emotion-detector/1.0 ({contact or 'data for research'})"
         self.headers = make_headers(user_agent=agent, accept_encoding=True)  # what urllib3 can decode here
         self.headers |= {"Accept": "image/*, application/json", "Connection": "close"}
+        self._proxies = read_proxies()
         self._tls = ssl.create_default_context()
         self._tls.load_verify_locations(certifi.where())  # not every system brings its own
         self._slots = {}  # by host
+        self._rests = {}  # by host: when it may be asked again
         self._connections = set()
         self._is_closed = threading.Event()
 
@@ -216,52 +242,65 @@ class Downloader:
         for connection in list(self._connections):
             shut_down(connection)
 
-    def get(self, url: str) -> bytes:
-        """Fetch a body, through redirects and retries; raises Refusal."""
+    def get(self, url: str, *, page: str = "", token: str = "") -> bytes:
+        """Fetch a body, through redirects and retries; raises Refusal.
+
+        Args:
+            page: where `url` is shown, for sites that refuse it to those who do not come from there.
+            token: a key for `url`, not for what it redirects to.
+        """
         for attempt in range(self.retries):
             try:
-                return self._follow(url)
+                return self._follow(url, page, token)
             except Refusal as refusal:
                 if refusal.reason != UNREACHABLE or self._is_closed.wait(BACKOFF_S * 2**attempt):
                     raise
-        return self._follow(url)
+        return self._follow(url, page, token)
 
-    def _follow(self, url: str) -> bytes:
-        """Fetch a body through redirects, each of which is checked like the first URL."""
+    def _follow(self, url: str, page: str, token: str) -> bytes:
+        """Fetch a body through redirects, each of which is checked like the first URL and may set cookies."""
+        cookies, headers = CookieJar(), {"Authorization": f"Bearer {token}"} if token else {}
         for _ in range(1 + MAX_REDIRECTS):
-            body, location = self._exchange(parse_http_url(url))
+            parts = parse_http_url(url)
+            try:
+                body, location = self._exchange(parts, headers, cookies)
+            except Refusal as refusal:
+                if refusal.detail != "HTTP 403" or "Referer" in headers:
+                    raise
+                headers["Referer"] = f"{parts.scheme}://{parts.netloc}/"
+                with contextlib.suppress(Refusal):
+                    headers["Referer"] = parse_http_url(page)._replace(auth=None, fragment=None).url
+                continue
             if not location:
                 return body
+            headers.pop("Authorization", None)
             try:
                 url = urljoin(url, location)
             except ValueError:
                 raise Refusal("not allowed", "redirected to what is not a URL") from None
         raise Refusal("http error", f"more than {MAX_REDIRECTS} redirects")
 
-    def _exchange(self, url: Url) -> tuple[bytes, str]:
+    def _exchange(self, url: Url, headers: dict[str, str], cookies: CookieJar) -> tuple[bytes, str]:
         """Make one request; return the body, or where it is redirected to."""
         from http.client import HTTPException
         from ssl import SSLCertVerificationError
 
-        from urllib3.connection import HTTPConnection
         from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
 
-        host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
-        with self._slots.setdefault(host, threading.Semaphore(PER_HOST)):
-            end = time.monotonic() + self.timeout_s
+        request = Request(url.url, headers={**self.headers, **headers, "Host": url.netloc})
+        cookies.add_cookie_header(request)
+        with self._slots.setdefault(url.host, threading.Semaphore(PER_HOST)):
+            wait_s = max(self._rests.get(url.host, 0) - time.monotonic(), 0)
+            if wait_s > MAX_REST_S or self._is_closed.wait(wait_s):
+                raise Refusal(BUSY, f"{url.host} asks for {wait_s:.0f} s of rest")
             try:
-                with contextlib.closing(HTTPConnection(host, port, timeout=self.timeout_s)) as client:
-                    client.sock = connect(host, port, self.timeout_s, self.allow_private)
-                    if url.scheme == "https":
-                        client.sock = self._tls.wrap_socket(
-                            client.sock, server_hostname=host, do_handshake_on_connect=False
-                        )
-                    with self._watched(client.sock, end):
-                        if url.scheme == "https":
-                            client.sock.do_handshake()
-                        headers = {**self.headers, "Host": url.netloc}
-                        client.request("GET", url.request_uri, headers=headers, preload_content=False)
-                        return read_answer(client.getresponse())
+                with self._connected(url) as (client, target):
+                    client.request("GET", target, headers=dict(request.header_items()), preload_content=False)
+                    response = client.getresponse()
+                    cookies.extract_cookies(response, request)
+                    if rest_s := read_retry_after(response):
+                        self._rests[url.host] = time.monotonic() + rest_s
+                    return read_answer(response)
             except SSLCertVerificationError as error:
                 raise Refusal("not allowed", f"TLS certificate: {error.verify_message}") from None
             except DecodeError:
@@ -271,6 +310,32 @@ class Downloader:
             except (OSError, HTTPException, HTTPError, UnicodeError) as error:
                 detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise Refusal(UNREACHABLE, detail) from None
+
+    @contextlib.contextmanager
+    def _connected(self, url: Url) -> Iterator[tuple[HTTPConnection, str]]:
+        """Connect to a URL's host, or its proxy; yield the connection and what to ask it for."""
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+        from urllib3.util import make_headers
+
+        end = time.monotonic() + self.timeout_s
+        host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
+        proxy = None if proxy_bypass(url.netloc) else self._proxies.get(url.scheme)
+        if not (proxy and self.allow_private):  # else only the proxy need know the host
+            addresses = resolve(host, port, self.allow_private)
+        login = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy and proxy.auth else {}
+        if url.scheme == "https":
+            client = HTTPSConnection(host, port, timeout=self.timeout_s, ssl_context=self._tls)
+            if proxy:
+                client.set_tunnel(host, port, headers=login)
+        else:
+            client = HTTPConnection(host, port, timeout=self.timeout_s)
+        if proxy:
+            port = proxy.port or 80
+            addresses = resolve(proxy.host.strip("[]"), port, allow_private=True)
+        with connect(addresses, port, self.timeout_s) as connection, contextlib.closing(client):
+            client._new_conn = lambda: connection  # as urllib3's own contrib.socks brings its socket in
+            with self._watched(connection.dup(), end):  # TLS takes the socket away, but not its double
+                yield client, url.url if proxy and url.scheme == "http" else url.request_uri
 
     @contextlib.contextmanager
     def _watched(self, connection: socket.socket, end: float) -> Iterator[None]:
@@ -285,13 +350,27 @@ class Downloader:
         finally:
             timer.cancel()
             self._connections.discard(connection)
+            connection.close()
             if time.monotonic() >= end or self._is_closed.is_set():
                 raise TimeoutError(f"not done after {self.timeout_s:g} s")
+
+
+def read_retry_after(response: HTTPResponse) -> float:
+    """Return for how many seconds a server wants no further request, 0 if it does not say."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or one that cannot be
+        if response.status in Retry.RETRY_AFTER_STATUS_CODES:
+            return Retry().get_retry_after(response) or 0
+    return 0
 
 
 def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
     """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
     if location := response.get_redirect_location():
+        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
+            location = location.encode("latin-1").decode()
         return b"", location
     if response.status != 200:
         is_passing = response.status in (408, 429) or response.status >= 500
@@ -473,11 +552,11 @@ class DataSet:
             if self.outcomes.get((*key, fields["url"]), unsettled)["status"] == "failed"
         ]
 
-    def fetch(self, downloader: Downloader, url: str) -> Path:
+    def fetch(self, downloader: Downloader, result: Result) -> Path:
         """Download into .incoming, unless it is there, and return the path; raises Refusal."""
-        path = self.incoming / url_digest(url)
+        path = self.incoming / url_digest(result.url)
         if not path.exists():
-            body = downloader.get(url)
+            body = downloader.get(result.url, page=result.page)
             with shared.replacing(path, sync=True) as temporary:
                 temporary.write_bytes(body)
         return path
@@ -499,7 +578,7 @@ class DataSet:
             if outcome.reason == REMOVED:
                 self.forget({result.url}, [])
                 return
-            record["status"] = "failed" if outcome.reason == UNREACHABLE else "rejected"
+            record["status"] = "failed" if outcome.reason in (UNREACHABLE, BUSY) else "rejected"
             record |= {"reason": outcome.reason, "detail": outcome.detail}
             if outcome.original:
                 record["copy_of"] = outcome.original["sha256"]
@@ -588,7 +667,7 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
 
 
 def collect(
-    search: dict, dataset: DataSet, fetch: Callable[[str], Future], find_face: FindFace | None
+    search: dict, dataset: DataSet, fetch: Callable[[Result], Future], find_face: FindFace | None
 ) -> None:
     """Settle each result of a search, in order, so that chance does not decide which copy is kept.
 
@@ -596,7 +675,7 @@ def collect(
         fetch: starts a download; the future's result is the file's path, or it raises Refusal.
     """
     results = dataset.pending(search)
-    futures = {result.url: fetch(result.url) for result in results if result.url not in dataset.by_url}
+    futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
         for result in results:
             try:

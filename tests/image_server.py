@@ -47,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # the client may hang up on a hostile answer
             self.server.respond(self)
 
+    do_POST = do_CONNECT = do_GET  # noqa: N815 (http.server calls them so)
+
     def answer(self, body: bytes, kind: str = "text/html; charset=utf-8", status: int = 200, **headers: str):
         """Send a whole answer."""
         self.send_response(status)

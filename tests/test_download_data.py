@@ -16,7 +16,9 @@ import threading
 import time
 import zlib
 from collections import Counter
+from email.utils import formatdate
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import pytest
 from conftest import NO_BROWSER
@@ -361,12 +363,12 @@ SPECIAL = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
     192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 255.255.255.255/32
     ::/128 ::1/128 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/32 2001:2::/48 2001:10::/28 2001:db8::/32
-    3fff::/20 5f00::/16 fc00::/7 fe80::/10""".split()
-SPECIAL += ["224.0.0.0/4", "ff00::/8", "fec0::/10"]  # multicast, and what was site-local
-REACHABLE = "192.31.196.0/24 192.52.193.0/24 192.175.48.0/24 2620:4f:8000::/48".split()
+    3fff::/20 5f00::/16 fc00::/7 fe80::/10"""
+SPECIAL += " 224.0.0.0/4 ff00::/8 fec0::/10"  # multicast, and what was site-local
+REACHABLE = "192.31.196.0/24 192.52.193.0/24 192.175.48.0/24 2620:4f:8000::/48"
 
 
-@pytest.mark.parametrize("block", SPECIAL)
+@pytest.mark.parametrize("block", SPECIAL.split())
 def test_no_address_of_a_special_block_is_public_in_any_guise(block):
     network = ipaddress.ip_network(block)
     for address in network[0], network[network.num_addresses // 2], network[-1]:
@@ -378,7 +380,7 @@ def test_no_address_of_a_special_block_is_public_in_any_guise(block):
                 assert not download_data.is_public(guise), guise
 
 
-@pytest.mark.parametrize("address", [*PUBLIC, *(block.partition("/")[0] for block in REACHABLE)])
+@pytest.mark.parametrize("address", [*PUBLIC, *(block.partition("/")[0] for block in REACHABLE.split())])
 def test_other_addresses_are_public(address):
     assert download_data.is_public(address)
 
@@ -450,6 +452,167 @@ def test_a_redirect_is_followed(pictures, out_dir, tmp_path):
     [record] = records(out_dir, "kept")
     assert record["url"] == server.url("/moved")
     assert pictures.hits == {"/photo?n=1": 1}
+
+
+def test_a_redirect_may_have_raw_utf8_in_it(out_dir, tmp_path):
+    def respond(handler):
+        if handler.path == "/moved":
+            handler.redirect("/größe/写真.jpg".encode().decode("latin-1"))  # so that the bytes are UTF-8
+        else:
+            handler.answer(picture(1), "image/jpeg")
+
+    with serve(respond) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/moved"))))
+        assert "/" + quote("größe/写真.jpg") in server.hits
+    assert len(records(out_dir, "kept")) == 1
+
+
+def test_a_redirect_that_wants_a_cookie_gets_it(out_dir, tmp_path):
+    def respond(handler):
+        if handler.headers["Cookie"] == "seen=yes":
+            serve_pictures(handler)
+        else:
+            handler.redirect(handler.path, Set_Cookie="seen=yes; Path=/; HttpOnly")
+
+    with serve(respond) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/photo?n=1"))))
+        assert server.hits == {"/photo?n=1": 2}
+    assert len(records(out_dir, "kept")) == 1
+
+
+@pytest.mark.parametrize("page", ["", "https://user:pass@pages.example/größe#top", "no page at all"])
+def test_a_picture_refused_to_strangers_is_asked_for_once_more_from_its_page(page):
+    referers = []
+
+    def respond(handler):
+        referers.append(handler.headers["Referer"])
+        handler.answer(b"picture" if referers[-1] else b"", status=200 if referers[-1] else 403)
+
+    with serve(respond) as server:
+        downloader = download_data.Downloader(2, 0, allow_private=True, contact="")
+        assert downloader.get(server.url("/a.jpg"), page=page) == b"picture"
+        expected = "https://pages.example/gr%C3%B6%C3%9Fe" if "user" in page else server.url("/")
+    assert referers == [None, expected]
+
+
+def test_a_picture_that_stays_refused_is_asked_for_twice(out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=403)) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/a.jpg"))), "--retries", "3")
+        assert server.hits == {"/a.jpg": 2}
+    assert reasons(out_dir) == {"http error": 1}
+
+
+@pytest.mark.parametrize("is_date", [False, True])
+def test_a_host_is_left_alone_for_as_long_as_it_asks(is_date, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_data, "BACKOFF_S", 0.01)
+    times = []
+
+    def respond(handler):
+        times.append(time.time())
+        if len(times) == 1:
+            header = formatdate(times[0] + 3, usegmt=True) if is_date else "2"
+            handler.answer(b"", status=429, Retry_After=header)
+        else:
+            serve_pictures(handler)
+
+    with serve(respond) as server:
+        lines = [("tench", server.url(f"/photo?n={n}")) for n in range(3)]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines), "--retries", "1", "--workers", "1")
+    assert len(records(out_dir, "kept")) == 3
+    assert times[1] - times[0] >= 1.9  # a date has no fractions
+
+
+def test_a_host_that_wants_hours_is_not_asked_again_in_this_run(out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=503, Retry_After="3600")) as server:
+        lines = [("tench", server.url(f"/photo?n={n}")) for n in range(5)]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines), "--retries", "2", "--workers", "1")
+        assert sum(server.hits.values()) == 1
+        assert reasons(out_dir) == {"busy": 5}
+        imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"), "--workers", "1")
+        assert sum(server.hits.values()) == 2
+
+
+@pytest.mark.parametrize("value", ["soon", "Mon, 99 Foo 99999 99:99:99 GMT", "9" * 5000, "-5"])
+def test_a_time_to_wait_that_makes_no_sense_is_passed_over(value, out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=503, Retry_After=value)) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/a.jpg"))))
+    assert [record["detail"] for record in records(out_dir, "failed")] == ["HTTP 503"]
+
+
+# --- proxies ---
+
+
+def serve_proxy(handler):
+    """Pass a GET or a CONNECT on to this machine, whatever host it names."""
+    port = urlsplit(f"//{handler.path}" if handler.command == "CONNECT" else handler.path).port
+    with socket.create_connection(("127.0.0.1", port)) as target:
+        if handler.command == "CONNECT":
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.flush()
+            back = threading.Thread(target=pass_on, args=[target, handler.connection])
+            back.start()
+            pass_on(handler.connection, target)
+            back.join()
+        else:
+            path = "/" + handler.path.split("/", 3)[3]
+            target.sendall(f"GET {path} HTTP/1.0\r\nHost: {handler.headers['Host']}\r\n\r\n".encode())
+            pass_on(target, handler.connection)
+
+
+def pass_on(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serve(serve_proxy) as server:
+        monkeypatch.setenv("http_proxy", server.url("").replace("//", "//user:pass%3A@"))
+        monkeypatch.setenv("https_proxy", server.url(""))
+        yield server
+
+
+def test_pictures_come_through_the_proxies_of_the_environment(
+    proxy, pictures, out_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with serve(serve_pictures, tls=True) as secure:
+        plain = pictures.url("/photo?n=1", host="pictures.example")  # a name that only the proxy knows
+        urls = [plain, secure.url("/photo?n=2", host="localhost")]
+        imagenet(out_dir, *write_list(tmp_path / "list", *(("tench", url) for url in urls)))
+        assert proxy.hits == {plain: 1, f"localhost:{secure.server_port}": 1}
+    assert [record["url"] for record in records(out_dir, "kept")] == urls
+
+
+def test_no_proxy_names_what_is_asked_directly(proxy, pictures, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", pictures.url("/photo?n=1"))))
+    assert len(records(out_dir, "kept")) == 1
+    assert not proxy.hits
+
+
+def test_a_private_address_is_refused_before_the_proxy_hears_of_it(proxy, pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("tench", pictures.url("/photo?n=1")))
+    download_data.main(["imagenet", "--out-dir", str(out_dir), "--retries", "0", *listed])
+    assert reasons(out_dir) == {"not allowed": 1}
+    assert not proxy.hits
+
+
+@pytest.mark.parametrize("address", ["socks5://127.0.0.1:1080", "http://[", "https://127.0.0.1:3128"])
+def test_a_proxy_of_another_kind_is_named_at_once(address, proxy, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", "http://a.example/b.jpg")))
+    assert stop.value.code == f"error: https_proxy is {address}, expected http://HOST:PORT"
+
+
+# --- hosts ---
 
 
 def test_another_address_is_tried_where_the_first_does_not_answer(pictures, out_dir, tmp_path, monkeypatch):
