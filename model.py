@@ -3,7 +3,7 @@
 The parts stand in the order in which data flows through them, and use only what stands above them:
 
     constants     the emotions, the size and statistics of the network's input
-    files         writing whole files or none: `replacing`, `save_json`
+    files         writing whole files or none, by one run at a time: `replacing`, `only_run_in`, `save_json`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
     faces         MTCNN, made fast: `FaceFinder`, `crop_faces`
@@ -47,6 +47,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked
+    fcntl = None
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -74,12 +79,24 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
 # --- files ---
 
 
+# What of a text would act on the terminal or split a line: control characters, line ends, marks that turn the
+# direction of writing, and what Python makes of the bytes of a name that is not UTF-8.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+TEMPORARY = re.compile(r"\.emotion-[0-9a-f]{16}\.tmp")
+
+
+def printable(text: object) -> str:
+    """Return a text that others chose, such as a file's name or a label, as one line without side effects."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block ends well.
 
     So `path` is always whole: new, or what it was before. The temporary file has a random name in the same
-    folder, is created by this call, never through a link, and is gone after any failure.
+    folder, is created by this call, never through a link, and is gone after any failure. What a killed run
+    left of such files is removed by the next run that writes into the folder.
 
     Args:
         sync: have the content on the disk before it gets its name, where losing it would hurt.
@@ -87,10 +104,10 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the file could not be written; the message names `path`.
     """
-    temporary = path.with_name(f".emotion-{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        _remove_strays(path.parent.absolute())
+        temporary, descriptor = _create_temporary(path.parent)
         try:
             yield temporary
             if sync:
@@ -99,10 +116,111 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            if fcntl:
+                os.close(descriptor)
     except OSError as error:
         if error.errno is None or isinstance(error, BrokenPipeError):  # it has its message; it is stdout's
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _create_temporary(folder: Path) -> tuple[Path, int]:
+    """Create an empty file; return its path, and its descriptor, which holds a lock while it is open."""
+    while True:
+        path = folder / f".emotion-{secrets.token_hex(8)}.tmp"
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        if not fcntl:
+            os.close(descriptor)  # Windows renames no open file
+            return path, descriptor
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists():
+            return path, descriptor
+        os.close(descriptor)  # before it was locked, another run took it for a stray
+
+
+@functools.cache  # once a run is enough
+def _remove_strays(folder: Path) -> None:
+    """Remove the temporary files of `replacing` that no process holds."""
+    for path in folder.iterdir() if fcntl else ():
+        if TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
+                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_run_in(*folders: Path) -> Iterator[None]:
+    """Let no other run of any script work in these folders while the block runs.
+
+    The lock is the operating system's: it ends with the process, however that ends. Its file, .emotion.lock
+    in the folder, says who holds it and goes when the block ends. Folders are made if need be, and go again
+    if they stay empty. On a file system without locks the block just runs.
+
+    Raises:
+        BlockingIOError: another run works there; the message names it.
+        OSError: a folder cannot be made or written into.
+    """
+    missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            for path, folder in sorted({folder.resolve(): folder for folder in folders}.items()):
+                stack.enter_context(_locked(path / ".emotion.lock", folder))
+            yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+def only_writer_of(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Let no other run write one file while the block runs; the folder is made. Raises as `only_run_in`."""
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return _locked(path.parent / f".emotion-{name}.lock", path)
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, what: Path) -> Iterator[None]:
+    """Hold a lock by its file while the block runs; `what` is what a message says is in use."""
+    if not fcntl:
+        yield
+        return
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(lock, what)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"cannot write into {lock.parent}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path, what: Path) -> int:
+    """Open and lock a file, and write into it who holds it; return its descriptor."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another run"
+            os.close(descriptor)
+            raise BlockingIOError(f"{what} is in use by {holder}; wait for its end or name another") from None
+        except OSError:  # a file system without locks
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{Path(sys.argv[0]).name} (process {os.getpid()})".encode(), 0)
+                return descriptor
+        os.close(descriptor)
 
 
 def save_json(path: Path, value: object) -> None:
@@ -1582,23 +1700,46 @@ class Classifier:
 # --- command line ---
 
 
+def _ready_streams() -> None:
+    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    if sys.stdout is None:  # writing fails, as it does for other programs
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> None:
+    """Write what stdout still holds; raise OSError here, not at the end of the process, where it fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"cannot write to standard output: {error.strerror}") from None
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorate a script's `main`: a user's mistake becomes one line on stderr, not a traceback.
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
-    code 1, and so does a closed stdout, silently; Ctrl-C ends with 130.
+    code 1, and so does a stdout that takes no more, silently if its reader has enough; Ctrl-C ends with 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        _ready_streams()
         try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                main(argv)  # the warning's error, at twice the size, stays
-        except BrokenPipeError:  # whoever reads stdout has enough; the rest must not raise again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            try:
+                with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                    main(argv)  # the warning's error, at twice the size, stays
+            finally:
+                _flush_stdout()
+        except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {printable(error)}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

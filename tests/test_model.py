@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +47,72 @@ def test_replacing_names_what_it_cannot_write(tmp_path):
     path = tmp_path / "file" / "a.json"
     with pytest.raises(OSError, match=re.escape(f"cannot write {path}: ")):
         shared.save_json(path, {})
+
+
+# What a process does that stays in a block until its input ends, or it is killed.
+STAY = """
+import sys
+from pathlib import Path
+import model
+with model.{block} as it:
+    print(it or "in", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("block", ["only_run_in", "only_writer_of"])
+def test_a_second_run_stops_and_names_the_first_and_a_killed_one_blocks_nobody(tmp_path, start, block):
+    path, lock = tmp_path / "runs" / "fer", getattr(shared, block)
+    first = start("-c", STAY.format(block=f"{block}(Path({str(path)!r}))"), stdin=subprocess.PIPE)
+    assert first.stdout.readline() == "in\n"
+    message = rf"{path} is in use by -c \(process {first.pid}\); wait for its end"
+    with pytest.raises(BlockingIOError, match=message), lock(path):
+        pytest.fail("two runs at once")
+    first.kill()
+    first.wait()
+    with lock(path):
+        pass
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_only_run_in_takes_a_folder_named_twice_and_leaves_none_that_stays_empty(tmp_path):
+    with shared.only_run_in(tmp_path / "a" / "b", tmp_path / "a" / "c" / ".." / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with shared.only_run_in(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "result").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["result"]
+
+
+def test_only_run_in_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".emotion.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=f"cannot write into {tmp_path}"), shared.only_run_in(tmp_path):
+        pytest.fail("through a link")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_temporary_file_of_a_killed_run_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path, start):
+    path = tmp_path / "table.csv"
+    (tmp_path / ".emotion-mine.tmp").touch()  # not named as this program names them
+    first = start("-c", STAY.format(block=f"replacing(Path({str(path)!r}))"), stdin=subprocess.PIPE)
+    temporary = Path(first.stdout.readline().strip())
+
+    def save_in_a_process():
+        other = start("-c", f"import model, pathlib; model.save_json(pathlib.Path({str(path)!r}), 1)")
+        assert other.wait() == 0
+
+    save_in_a_process()
+    assert temporary.exists()
+    first.kill()
+    first.wait()
+    save_in_a_process()
+    assert {file.name for file in tmp_path.iterdir()} == {"table.csv", ".emotion-mine.tmp"}
+
+
+def test_printable_is_one_line_without_side_effects():
+    text = "a\x1b[2J\t\r\n\x85\u2028\u202e\udce9ü 😀\u200d"
+    assert shared.printable(text) == r"a\x1b[2J\t\r\n\x85\u2028\u202e\udce9ü 😀" + "\u200d"
 
 
 # --- pictures ---
@@ -446,6 +515,44 @@ def test_one_line_errors_lets_bugs_through():
 
     with pytest.raises(TypeError):
         shared.one_line_errors(bug)()
+
+
+PRINT = """
+import sys
+import model
+@model.one_line_errors
+def main(argv):
+    sys.stdin.read()
+    print(*sys.argv[1:])
+    if sys.argv[2:]:
+        raise ValueError("a mistake\\nin two lines")
+main()
+"""
+
+
+@pytest.mark.parametrize("words", [["x"], ["x" * 10**5], ["x", "y"]])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("full", "No space left on device"), ("closed", "Bad file descriptor"), ("without reader", "")],
+)
+def test_a_stdout_that_takes_no_more_is_one_line_and_exit_code_1(start, words, kind, reason):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        stdout = full if kind == "full" else subprocess.PIPE
+        close = (lambda: os.close(1)) if kind == "closed" else None
+        process = start("-c", PRINT, *words, stdin=subprocess.PIPE, stdout=stdout, preexec_fn=close)
+    if kind == "without reader":
+        process.stdout.close()
+    process.stdin.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.count("\n") == bool(reason)
+    assert reason in err
+
+
+def test_an_error_is_one_line_and_names_reach_a_terminal_that_lacks_their_letters(start):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = start("-c", PRINT, "\udce9ü", "y", env=environment, stdin=subprocess.DEVNULL)
+    assert process.communicate() == ("\\udce9\\xfc y\n", "error: a mistake\\nin two lines\n")
 
 
 def test_pick_device_refuses_what_is_not_there():
