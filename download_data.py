@@ -34,9 +34,11 @@ import contextlib
 import functools
 import hashlib
 import html
+import importlib.util
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +48,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -56,6 +59,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.request import Request, getproxies, proxy_bypass
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import model as shared
@@ -69,7 +73,10 @@ if TYPE_CHECKING:
     from urllib3.connection import HTTPConnection
     from urllib3.util import Url
 
-    Ask = Callable[[str, dict], dict]  # (url, fields) -> what a public API answers
+    Ask = Callable[
+        [str, dict], dict | None
+    ]  # (url, fields) -> what a public API answers; None: it has no more
+    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -80,6 +87,7 @@ ENGINES = ("google", "openverse", "commons", "duckduckgo", "bing", "urls")
 
 SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet transform resizes to
 MIN_SIDE = 64  # pixels, chosen here: less is an icon or a counting pixel
+FLAT_LEVELS = 4  # of 255, chosen here: what JPEG makes of one colour; the darkest photo varies more
 MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
 # Of 500 scraped photos, copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits; of their
 # 124,750 pairs 32 do not differ at all, being the same picture, one by 4 bits, and the others by 6 and more.
@@ -98,9 +106,9 @@ MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here;
 CHUNK_BYTES = 2**16
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
-UNREACHABLE, BUSY, REMOVED = "unreachable", "busy", "removed"
+UNREACHABLE, BUSY, REMOVED, NOT_TRIED = "unreachable", "busy", "removed", "not tried"
 # Why a picture is not kept, in the order of the table. The next run tries the first two again.
-REASONS = (UNREACHABLE, BUSY, "http error", "not allowed", "too big", "no image", "too small")
+REASONS = (UNREACHABLE, BUSY, "http error", "not allowed", "too big", "no image", "too small", "one colour")
 REASONS += ("changed", "no face", "several faces", "copy", "two labels")
 FOUND = ("url", "page", "title", "license", "is_thumbnail")  # what the journal keeps of each Result
 
@@ -393,7 +401,7 @@ EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # others are n
 def read_photo(path: Path) -> tuple[Image.Image, str]:
     """Decode a file of unknown origin; return the upright RGB photo and its real format's extension.
 
-    Raises Refusal if it is no picture of a known format, damaged, too small or too big.
+    Raises Refusal if it is no picture of a known format, damaged, too small, too big, or of one colour.
     """
     try:
         photo = shared.open_picture(path, max_pixels=MAX_PIXELS)
@@ -406,6 +414,8 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
         raise Refusal("no image", "a web page" if is_page else "an unknown format") from None
     if min(photo.size) < MIN_SIDE:
         raise Refusal("too small", f"{photo.width}x{photo.height} pixels")
+    if all(high - low <= FLAT_LEVELS for low, high in photo.getextrema()):
+        raise Refusal("one colour", "a flat area")
     return photo, EXTENSIONS.get(photo.format, f".{photo.format.lower()}")
 
 
@@ -418,13 +428,39 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
     return [round(float(edge), 1) for edge in boxes[0]]
 
 
-def find_copy(records: Iterable[dict], sha256: str, phash: str) -> dict | None:
-    """Return the first record of a picture that is the same, to the byte or to the eye, or None."""
-    for record in records:
-        differing_bits = (int(record["phash"], 16) ^ int(phash, 16)).bit_count()
-        if record["sha256"] == sha256 or differing_bits <= NEAR_BITS:
-            return record
-    return None
+class CopyFinder:
+    """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
+
+    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts.
+    """
+
+    def __init__(self):
+        self._records = []
+        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
+
+    def _keys(self, sha256: str, phash: str) -> Iterator[object]:
+        """Return what a picture and each of its copies may have in common."""
+        yield sha256
+        part_bits = -(-64 // (NEAR_BITS + 1))
+        for part in range(NEAR_BITS + 1) if phash else ():
+            yield part, int(phash, 16) >> part * part_bits & (1 << part_bits) - 1
+
+    def add(self, record: dict) -> None:
+        """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
+        if not re.fullmatch("[0-9a-f]{64} [0-9a-f]{16}", f"{record['sha256']} {record['phash']}"):
+            raise ValueError("no hashes")
+        for key in self._keys(record["sha256"], record["phash"]):
+            self._numbers[key].append(len(self._records))
+        self._records.append(record)
+
+    def find(self, sha256: str, phash: str = "") -> dict | None:
+        """Return the first record of the same picture, or None."""
+        for number in sorted({n for key in self._keys(sha256, phash) for n in self._numbers.get(key, ())}):
+            record = self._records[number]
+            differing_bits = (int(record["phash"], 16) ^ int(phash or "0", 16)).bit_count()
+            if record["sha256"] == sha256 or (phash and differing_bits <= NEAR_BITS):
+                return record
+        return None
 
 
 # --- data set ---
@@ -438,6 +474,32 @@ def timestamp() -> str:
 def url_digest(url: str) -> str:
     """Return a name for a URL that does not give it away."""
     return hashlib.sha256(url.encode()).hexdigest()
+
+
+def check_label(label: object) -> str:
+    """Return a label, in Unicode's composed form, that can name a folder anywhere, else raise ValueError."""
+    name = unicodedata.normalize("NFC", str(label))
+    letters = "".join(letter for letter in name if unicodedata.category(letter)[0] != "M")  # accents are fine
+    is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
+    if not is_name or len(name.encode()) > MAX_LABEL_BYTES or DEVICE.fullmatch(name):
+        raise ValueError(
+            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes or less"
+        )
+    return name
+
+
+def read_result(fields: dict) -> Result:
+    """Return the Result that a line of JSON describes; raises ValueError or TypeError if it does not."""
+    result = Result(**fields)
+    texts, box = (result.url, result.page, result.title, result.license, result.sha256), result.face_box
+    is_box = isinstance(box, list | tuple) and len(box) in (0, 4) and all(map(math.isfinite, box))
+    if not is_box or not result.url or not all(isinstance(text, str) for text in texts):
+        raise ValueError("not the fields of a picture")
+    return result
+
+
+MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
+DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
 
 
 class DataSet:
@@ -454,16 +516,21 @@ class DataSet:
         shorter_side: shrink the pictures to that many pixels, and store them as JPEG.
 
     Raises:
-        ValueError: the journal is damaged, other than by a last line that breaks off.
+        ValueError: the journal is damaged, other than by a last line that breaks off, or not this script's.
     """
 
     def __init__(self, folder: Path, shorter_side: int | None):
         self.folder, self.shorter_side = folder, shorter_side
         self.journal = folder / "manifest.jsonl"
         self.incoming = folder / ".incoming"
-        self.incoming.mkdir(parents=True, exist_ok=True)
-        for half_written in self.incoming.glob("*.tmp"):  # by a run that was killed
-            half_written.unlink()
+        named = folder if folder.name not in ("", "..") else folder.resolve()
+        self.sheets = named.with_name(f"{named.name}_sheets")
+        for path in self.journal, self.incoming:
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link, expected a file or folder of this script's; delete it")
+        for path in self.incoming.glob("*"):
+            if path.is_symlink() or shared.TEMPORARY.fullmatch(path.name):  # of a run that was killed
+                path.unlink()
         self._load_journal()
 
     def _load_journal(self) -> None:
@@ -471,7 +538,9 @@ class DataSet:
         self.searches = {}  # (engine, label, query): its record
         self.outcomes = {}  # (engine, label, query, url): its record
         self.by_url = {}  # url: the first record that settled it
-        self.removed = []
+        self.kept = defaultdict(list)  # label: records
+        self.copies = CopyFinder()  # of what is kept
+        self.removed, self.barred, self.barred_urls = [], CopyFinder(), set()
         data = self.journal.read_bytes() if self.journal.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -479,26 +548,41 @@ class DataSet:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._take_in(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 message = f"{self.journal}, line {number} is no record of this script; delete that line"
                 raise ValueError(message) from None
-        waiting = {path.name for path in self.incoming.iterdir()}
-        for url, record in self.by_url.items():
+        waiting = {path.name for path in self.incoming.glob("*")}
+        for url, record in self.by_url.items() if waiting else ():
             if url_digest(url) in waiting:
                 self._place(record)
 
     def _take_in(self, record: dict) -> None:
-        """Remember a record of the journal."""
+        """Remember a record of the journal; raises some error if it is not one that this script writes."""
         if record["status"] == "removed":
             self.removed.append(record)
+            self.barred_urls.update(record["url_sha256"])
+            for mark in record["pictures"]:
+                self.barred.add(mark)
             return
-        key = record["engine"], record["label"], record["query"]
+        key = record["engine"], check_label(record["label"]), record["query"]
         if record["status"] == "searched":
+            if not isinstance(record["asked"], int):
+                raise ValueError("no number")
+            for fields in record["results"]:
+                read_result(fields)
             self.searches[key] = record
             return
-        self.outcomes[*key, record["url"]] = record
+        url = read_result({name: record[name] for name in FOUND}).url
+        if record["status"] == "kept":
+            self.copies.add(record)
+            if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
+                raise ValueError("not where a picture of this label belongs")
+            self.kept[key[1]].append(record)
+        elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
+            raise ValueError("no outcome")
+        self.outcomes[*key, url] = record
         if record["status"] != "failed":
-            self.by_url.setdefault(record["url"], record)
+            self.by_url.setdefault(url, record)
 
     def _append_to_journal(self, record: dict) -> dict:
         """Write a record down, with the time, and remember it; return it."""
@@ -518,29 +602,29 @@ class DataSet:
             scale = min(self.shorter_side / min(photo.size), 1)
             size = [round(length * scale) for length in photo.size]
             small = photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-            with shared.replacing(self.folder / record["file"], sync=True) as temporary:
+            with shared.replacing(self.path(record), sync=True) as temporary:
                 small.save(temporary, "JPEG", quality=90, icc_profile=photo.info.get("icc_profile"))
         elif record["status"] == "kept":
-            target = self.folder / record["file"]
-            target.parent.mkdir(exist_ok=True)
-            source.replace(target)
+            self.path(record).parent.mkdir(exist_ok=True)
+            source.replace(self.path(record))
         source.unlink(missing_ok=True)
 
-    def kept(self, label: str | None = None) -> list[dict]:
-        """Return the records of what is kept, of one label or all."""
-        kept = [record for record in self.outcomes.values() if record["status"] == "kept"]
-        return [record for record in kept if label in (None, record["label"])]
+    def path(self, record: dict) -> Path:
+        """Return where a kept picture is; raises ValueError if a link leads out of the folder."""
+        path = self.folder / record["file"]
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{path} leads out of {self.folder} by a link; delete the link")
+        return path
 
-    def note_search(self, engine: str, query: Query, results: Iterable[Result]) -> dict:
-        """Write down what a search brought, beside what it did before, and without what is to stay away."""
-        gone = {digest for record in self.removed for digest in record["url_sha256"]}
-        before = self.searches.get((engine, query.label, query.text), {"results": []})
-        found = {fields["url"]: fields for fields in before["results"]}
-        for result in results:
-            if url_digest(result.url) not in gone:
-                found[result.url] = {name: value for name, value in result._asdict().items() if value}
-        record = {"status": "searched", "engine": engine, "label": query.label, "query": query.text}
-        return self._append_to_journal({**record, "asked": query.limit, "results": list(found.values())})
+    def there(self, label: str) -> list[dict]:
+        """Return the records of a label's pictures that are kept and that nobody has deleted by hand."""
+        return [record for record in self.kept[label] if self.path(record).exists()]
+
+    def note_search(self, search: dict, results: Iterable[Result], asked: int, is_exhausted: bool) -> dict:
+        """Write down what a search has brought beside what it brought before; return its new record."""
+        found = [{name: value for name, value in result._asdict().items() if value} for result in results]
+        progress = {"asked": asked, "exhausted": is_exhausted, "results": search["results"] + found}
+        return self._append_to_journal({"status": "searched", **search, **progress})
 
     def pending(self, search: dict) -> list[Result]:
         """Return the results of a search that are not settled yet."""
@@ -565,9 +649,8 @@ class DataSet:
         """Raise the Refusal of a URL that was settled before, under whatever label."""
         record = self.by_url[url]
         sha256 = record.get("sha256") or record.get("copy_of")
-        for original in self.kept():
-            if original["sha256"] == sha256:
-                refuse_copy(original, label)
+        if original := self.copies.find(sha256 or ""):
+            refuse_copy(original, label)
         raise Refusal(record["reason"], record["detail"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
@@ -605,9 +688,9 @@ class DataSet:
             )
         copies = [r for r in outcomes if r.get("sha256") in shas or r.get("copy_of") in shas]
         kept = [record for record in copies if record["status"] == "kept"]
-        files = [self.folder / record["file"] for record in kept]
+        files = [path for path in map(self.path, kept) if path.exists()]
         for path in files:
-            path.unlink(missing_ok=True)
+            path.unlink()
         self.forget(urls | {record["url"] for record in copies}, kept)
         return files
 
@@ -648,11 +731,11 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
     sha256 = shared.file_digest(path)
     photo, extension = read_photo(path)
     phash = str(imagehash.phash(photo))
-    if find_copy((mark for record in dataset.removed for mark in record["pictures"]), sha256, phash):
+    if dataset.barred.find(sha256, phash):
         raise Refusal(REMOVED, "")
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    if original := find_copy(dataset.kept(), sha256, phash):
+    if original := dataset.copies.find(sha256, phash):
         refuse_copy(original, label)
     extension = ".jpg" if dataset.shorter_side else extension
     return {
@@ -667,14 +750,17 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
 
 
 def collect(
-    search: dict, dataset: DataSet, fetch: Callable[[Result], Future], find_face: FindFace | None
+    search: dict,
+    results: Sequence[Result],
+    dataset: DataSet,
+    fetch: Callable[[Result], Future],
+    find_face: FindFace | None,
 ) -> None:
-    """Settle each result of a search, in order, so that chance does not decide which copy is kept.
+    """Settle results of a search, in order, so that chance does not decide which copy is kept.
 
     Args:
         fetch: starts a download; the future's result is the file's path, or it raises Refusal.
     """
-    results = dataset.pending(search)
     futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
         for result in results:
@@ -691,13 +777,97 @@ def collect(
             future.cancel()
 
 
+def new_results(
+    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
+) -> Iterator[Result]:
+    """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
+    count = Counter()
+    try:
+        for result in found:
+            count[bool(result)] += 1
+            if result and result.url not in known and url_digest(result.url) not in barred:
+                known.add(result.url)
+                yield result
+    finally:
+        if count[False]:
+            message = f"{text}: {count[False]} of {count.total()} results have no address and are left out"
+            print(shared.printable(message), file=sys.stderr)
+
+
+def work_off(
+    query: Query,
+    engine: str,
+    start_engine: Callable[[], SearchFor],
+    dataset: DataSet,
+    settle: Callable[[dict, list[Result]], None],
+    *,
+    target: int | None,
+) -> None:
+    """Settle what is pending of a query, then search, until its limit or its label's target is reached.
+
+    What was found before a search breaks off is settled too; then its ValueError is raised.
+
+    Args:
+        settle: see `collect`.
+        target: pictures of the label to keep; None: settle all that is found.
+    """
+    key = {"engine": engine, "label": query.label, "query": query.text}
+    search = dataset.searches.get(tuple(key.values()), {**key, "asked": 0, "results": []})
+    known = {fields["url"] for fields in search["results"]}
+
+    def wanted() -> int:
+        """Return how many results more to look at."""
+        if target:
+            return max(target - len(dataset.there(query.label)), 0)
+        return sys.maxsize if engine == "urls" else max(query.limit - len(known), 0)
+
+    pending = iter(dataset.pending(search))
+    while chunk := list(itertools.islice(pending, wanted() if target else None)):
+        settle(search, chunk)
+    is_done = search.get("exhausted") if target else search["asked"] >= query.limit
+    if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
+        return
+    trouble = None
+    with contextlib.closing(
+        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
+    ) as found:
+        while not trouble and (number := wanted()):
+            chunk = []
+            try:
+                chunk.extend(itertools.islice(found, number))  # keeps what comes before an error
+            except ValueError as error:
+                trouble = error
+            is_exhausted = not trouble and len(chunk) < number
+            if chunk or not trouble:
+                asked = len(known) if trouble or target else query.limit
+                search = dataset.note_search(search, chunk, asked, is_exhausted)
+                settle(search, chunk)
+            if is_exhausted:
+                return
+    if trouble:
+        raise trouble
+
+
 # --- Google ---
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
 # What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
-REJECT_COOKIES, ACCEPT_COOKIES = "#W0wltc", "#L2AGLb"
+# Cookies are refused in the dialog over the results, or on a page of its own: of its forms, for each answer
+# one, by the hidden fields, which are the same in all languages.
+REJECT_COOKIES = (
+    '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"]):not(:has([name="set_sc"]))'
+)
+REJECT_COOKIES += ' :is(button, [type="submit"])'
+CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
+MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
+MORE_WORDS = (
+    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
+    "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer resultaten"
+    "( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|もっと見る|結果をもっと見る|더보기|更多结果|"
+    "更多結果|(показать )?(ещё|больше) результат(ы|ов)"
+)
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -735,6 +905,12 @@ LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
   title: tile.querySelector('img')?.alt || '',
 }})), (window.keptBodies || []).splice(0)]"""
 IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
+CLICK = f"""const [selector, words] = arguments, called = new RegExp(`^(${{words}})$`, 'i');
+const control = [...document.querySelectorAll(`${{selector}}, button, [role=button], [type=button], a`)].find(
+  (found) => found.checkVisibility() && !found.closest('{TILE}') && (found.matches(selector) ||
+    words && called.test((found.ariaLabel || found.value || found.textContent).trim())));
+control?.click();
+return Boolean(control);"""
 CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
 (tile?.querySelector('a, img') || tile)?.click()"""
 
@@ -787,7 +963,7 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
     there is none, or it ends.
     """
     from selenium import webdriver
-    from selenium.common.exceptions import WebDriverException
+    from selenium.common.exceptions import SessionNotCreatedException, WebDriverException
     from urllib3.exceptions import HTTPError
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -806,6 +982,9 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
         options.add_argument("--headless=new")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # as root Chromium does not start with it
+    # Selenium would look for chromedriver, which is on this machine, behind a proxy.
+    bypassed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{bypassed},localhost" if bypassed else "localhost"
     # A session of its own: Ctrl-C reaches this script alone, which then closes the browser in order.
     service = webdriver.ChromeService(driver_path, popen_kw={"start_new_session": True})
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` runs
@@ -815,6 +994,11 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             driver = webdriver.Chrome(options, service)
             driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEEP_BODIES})
             yield driver
+        except SessionNotCreatedException as error:
+            reason = " ".join(error.msg.partition("\nStacktrace")[0].split())
+            raise ValueError(
+                f"{browser} does not start ({reason}); it and {driver_path} must be of one version"
+            ) from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
             raise ValueError(
@@ -848,26 +1032,37 @@ class Google:
         self.records: dict[str, Result] = {}  # of the present page, by docid
         self.tiles: dict[str, dict] = {}
 
-    def search(self, query: Query) -> list[Result]:
-        """Return the results in the page's order; raises ValueError if Google shows something else."""
+    def search(self, query: Query) -> Iterator[Result]:
+        """Find results, up to the limit; raises ValueError if Google shows something else."""
+        return itertools.islice(filter(None, self._find(query)), query.limit)
+
+    def _find(self, query: Query) -> Iterator[Result | None]:
+        """Find results in the page's order, None for those that have no address."""
         self.driver.get(google_url(query.text, self.filters))
         if self._reach_results() == "empty":
-            return []
-        self.records, self.tiles = parse_records(self.driver.page_source), {}
-        while (count := self._look()) < query.limit:
-            self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-            if not wait_until(lambda count=count: self._look() > count, GROW_WAIT_S):
-                break  # the page has no more
-        found = map(self._resolve, self.tiles | self.records)  # in the page's order
-        return list(itertools.islice(filter(None, found), query.limit))
+            return
+        self.records, self.tiles, found = parse_records(self.driver.page_source), {}, set()
+        is_more = bool(self._look())
+        while is_more:
+            for docid in [docid for docid in self.tiles | self.records if docid not in found]:
+                found.add(docid)
+                yield self._resolve(docid)
+            is_more = self._grow()
+
+    def _grow(self) -> bool:
+        """Scroll to the page's end, press "More results" if it is there; return whether that brings more."""
+        count = len(self.tiles | self.records)
+        self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+        if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
+            return False
+        return wait_until(lambda: self._look() > count, GROW_WAIT_S)
 
     def _state(self) -> str:
         """Return what the browser shows: results, consent, captcha, wall (JavaScript is wanted), or empty."""
         url = urlsplit(self.driver.current_url)
         if url.path.startswith("/sorry/") or self._is_visible("#captcha-form"):
             return "captcha"
-        is_consent = (url.hostname or "").startswith("consent.")
-        if is_consent or self._is_visible(f"{REJECT_COOKIES}, {ACCEPT_COOKIES}"):
+        if (url.hostname or "").startswith("consent.") or self._is_visible(CONSENT):
             return "consent"
         if url.path.startswith("/httpservice/retry/enablejs"):
             return "wall"
@@ -879,11 +1074,14 @@ class Google:
         """Return whether an element of the page that fits is visible."""
         return self.driver.execute_script(IS_VISIBLE, selector)
 
+    def _click(self, selector: str, words: str = "") -> bool:
+        """Click on the first visible control that fits, or is called one of some words; return whether."""
+        return self.driver.execute_script(CLICK, selector, words)
+
     def _reach_results(self) -> str:
         """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
         if self._state() == "consent":
-            button = REJECT_COOKIES if self._is_visible(REJECT_COOKIES) else ACCEPT_COOKIES
-            self.driver.execute_script("document.querySelector(arguments[0])?.click()", button)
+            wait_until(lambda: self._click(REJECT_COOKIES), GROW_WAIT_S)
             wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
         if self._state() == "captcha" and self.is_watched:
             print("solve the captcha in the browser's window, the search then goes on", file=sys.stderr)
@@ -942,85 +1140,106 @@ class RateLimit:
         self._next = time.monotonic() + self.delay_s
 
 
-def search_openverse(text: str, ask: Ask) -> Iterator[Result]:
-    """Search openly licensed pictures. Source: https://api.openverse.org/v1/ (image search)."""
+def read_openverse(found: dict) -> Result:
+    """Read a result of Openverse."""
+    licence = f"{found['license']} {found['license_version'] or ''}".strip()
+    return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
+
+
+def search_openverse(text: str, ask: Ask) -> Iterator[list[dict]]:
+    """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
-        for found in answer["results"]:
-            licence = f"{found['license']} {found['license_version'] or ''}".strip()
-            fields = (found["url"], found["foreign_landing_url"], found["title"], licence)
-            yield Result(*map(to_text, fields))
-        if page >= answer["page_count"] or not answer["results"]:
+        if answer is None or not answer["results"]:
+            return
+        yield answer["results"]
+        if page >= (answer.get("page_count") or math.inf):
             return
 
 
-def search_commons(text: str, ask: Ask) -> Iterator[Result]:
-    """Search Wikimedia Commons. Source: https://www.mediawiki.org/wiki/API:Search and API:Imageinfo."""
+def read_commons(found: dict) -> Result:
+    """Read a result of Wikimedia Commons, the page of a file."""
+    info = found["imageinfo"][0]
+    licence = ((info.get("extmetadata") or {}).get("LicenseShortName") or {}).get("value")
+    fields = (info["url"], info.get("descriptionurl"), found.get("title"), html.unescape(to_text(licence)))
+    return Result(*map(to_text, fields))
+
+
+def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
+    """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
-    go_on = {}
-    while go_on is not None:
-        answer = ask(COMMONS, fields | go_on)
-        pages = answer.get("query", {}).get("pages", [])
-        for page in sorted(pages, key=lambda page: page["index"]):  # by relevance
-            info = page["imageinfo"][0]
-            licence = html.unescape(info["extmetadata"].get("LicenseShortName", {}).get("value", ""))
-            yield Result(info["url"], info["descriptionurl"], page["title"], licence)
+    batch, go_on = {}, {}
+    while go_on is not None and (answer := ask(COMMONS, fields | go_on)) is not None:
+        for page in (answer.get("query") or {}).get("pages") or []:
+            key = (page or {}).get("pageid", f"none {len(batch)}")
+            batch.setdefault(key, {}).update(page or {})  # answers may bring parts
         go_on = answer.get("continue")
+        if go_on is None or "batchcomplete" in answer:
+            yield sorted(batch.values(), key=lambda page: page.get("index") or 0)  # by relevance
+            batch = {}
 
 
-def search_api(name: str, downloader: Downloader, rate_limit: RateLimit, query: Query) -> list[Result]:
+API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
+
+
+def search_api(
+    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
+) -> Iterator[Result | None]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
+    token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
+    last = None
 
-    def ask(url: str, fields: dict) -> dict:
+    def ask(url: str, fields: dict) -> dict | None:
+        nonlocal last
         rate_limit.wait()
         try:
-            return json.loads(downloader.get(f"{url}?{urlencode(fields)}"))
+            answer = json.loads(downloader.get(f"{url}?{urlencode(fields)}", token=token))
+            trouble = answer.get("error") or answer.get("errors") or answer.get("detail")
         except Refusal as refusal:
-            raise ValueError(
-                f"{name} does not answer ({refusal.detail}); run the command again later to go on"
-            ) from None
-        except ValueError:
-            raise ValueError(f"{name} answers with what is no JSON; run the command again later") from None
+            if last and refusal.reason == "http error":  # there are fewer pages than it said before
+                return None
+            trouble = refusal.detail
+        except (ValueError, RecursionError):
+            trouble = "what it sends is no JSON"
+        if trouble:
+            raise ValueError(f"{name} does not answer ({trouble}); run the command again later to go on")
+        if answer == last:  # it repeats itself
+            return None
+        last = answer
+        return answer
 
-    search = {"openverse": search_openverse, "commons": search_commons}[name]
+    search, read = API_PARTS[name]
     try:
-        return list(itertools.islice(search(query.text, ask), query.limit))
+        for found in itertools.chain.from_iterable(search(query.text, ask)):
+            result = None
+            with contextlib.suppress(LookupError, TypeError, AttributeError):
+                result = read(found)
+            yield result if result and result.url else None
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> list[Result]:
+def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
-    try:
-        from ddgs import DDGS
-        from ddgs.exceptions import DDGSException
-    except ImportError:
-        raise ValueError(f"--engine {backend} needs the package ddgs; pip install ddgs") from None
-    results, page = {}, 1
-    while len(results) < query.limit:
+    from ddgs import DDGS
+    from ddgs.exceptions import DDGSException
+
+    urls = set()
+    for page in itertools.count(1):
         rate_limit.wait()
         try:
             found = DDGS().images(query.text, backend=backend, page=page, max_results=None)
         except DDGSException as error:
-            if results or "No results" in str(error):
-                break
+            if "No results" in str(error):
+                return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
-        rows = [Result(*(to_text(item[name]) for name in ("image", "url", "title"))) for item in found]
-        new = {result.url: result for result in rows}
-        if not new.keys() - results.keys():
-            break
-        results |= new
-        page += 1
-    return list(results.values())[: query.limit]
-
-
-def check_label(label: object) -> str:
-    """Return a label that can name a folder, else raise ValueError."""
-    if not isinstance(label, str) or not re.fullmatch(r"\w[\w'-]*", label):
-        raise ValueError(f"label {label!r}, expected letters, digits, - and _")
-    return label
+        results = [Result(*(to_text(item.get(name)) for name in ("image", "url", "title"))) for item in found]
+        if not {result.url for result in results} - urls:
+            return
+        urls |= {result.url for result in results}
+        yield from (result if result.url else None for result in results)
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -1028,29 +1247,40 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
 
     Raises ValueError if a line is neither, or its label cannot be a folder's name.
     """
-    results = defaultdict(list)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
+    results, number = defaultdict(list), 0
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    try:
+        with path.open(encoding=encoding) as file:
+            for line in file:
+                number += 1
                 if line.startswith("{"):
                     record = json.loads(line)
                     if record["status"] != "kept":
                         continue
                     label, text = record["label"], record["query"]
-                    result = Result(**{name: record[name] for name in Result._fields})
-                else:
+                    result = read_result({name: record[name] for name in Result._fields})
+                elif line.strip():
                     label, url = line.split()
                     text, result = path.name, Result(url)
+                else:
+                    continue
                 results[check_label(label), text].append(result)
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
-                ) from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
+        ) from None
     if not results:
         raise ValueError(f"{path} lists no picture, expected a manifest.jsonl or lines 'label url'")
     return results
+
+
+def check_engine(name: str, filters: dict[str, str]) -> None:
+    """Raise ValueError if an engine lacks a package, or does not know its filters."""
+    if name in ("duckduckgo", "bing") and not importlib.util.find_spec("ddgs"):
+        raise ValueError(f"--engine {name} needs the package ddgs; pip install ddgs")
+    if name == "google":
+        google_url("", filters)
 
 
 @contextlib.contextmanager
@@ -1063,7 +1293,7 @@ def open_engine(
     filters: dict[str, str],
     profile: Path | None,
     headful: bool,
-) -> Iterator[Callable[[Query], list[Result]]]:
+) -> Iterator[SearchFor]:
     """Yield the function that searches with one of ENGINES; it waits for its turn by itself.
 
     Args:
@@ -1076,7 +1306,7 @@ def open_engine(
             google = Google(driver, filters, headful)
             yield lambda query: rate_limit.wait() or google.search(query)
     elif name == "urls":
-        yield lambda query: listed[query.label, query.text][: query.limit]
+        yield lambda query: iter(listed[query.label, query.text][: query.limit])
     elif name in ("duckduckgo", "bing"):
         yield functools.partial(search_ddgs, name, rate_limit)
     else:
@@ -1086,34 +1316,55 @@ def open_engine(
 # --- report ---
 
 
-def draw_contact_sheet(dataset: DataSet, label: str) -> Path:
-    """Draw the kept pictures of a label, with their faces and names, into <folder>_sheets/<label>.png."""
-    path = dataset.folder.with_name(dataset.folder.name + "_sheets") / f"{label}.png"
+PER_SHEET = 100  # pictures
+
+
+def draw_contact_sheets(dataset: DataSet, label: str) -> None:
+    """Draw the kept pictures of a label into <folder>_sheets/<label>.png, <label>.2.png and so on.
+
+    A sheet that shows what it should stays as it is, so that the work does not grow with each run.
+    """
+    records = dataset.there(label)
+    for number in itertools.count(1):
+        path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
+        shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
+        if shown:
+            draw_contact_sheet(path, dataset, shown)
+        elif path.exists():
+            path.unlink()
+        else:
+            return
+
+
+def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) -> None:
+    """Draw pictures, with their faces and names, into a PNG file, unless it shows just them."""
+    names = " ".join(record["file"] for record in records)
+    with contextlib.suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=["PNG"]) as sheet:
+        if sheet.info.get("pictures") == names:
+            return
     cell, columns = 128, 10  # pixels, pictures
-    records = [record for record in dataset.kept(label) if (dataset.folder / record["file"]).exists()]
-    if not records:
-        path.unlink(missing_ok=True)
-        return path
     rows = -(-len(records) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, record in enumerate(records):
         x, y = i % columns * cell, i // columns * (cell + 14)
-        photo = shared.open_picture(dataset.folder / record["file"])
-        width = photo.width
-        photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
-        if record["face_box"]:
-            box = [edge * photo.width / width for edge in record["face_box"]]
-            ImageDraw.Draw(photo).rectangle(box, outline="lime")
-        sheet.paste(photo, (x, y))
         draw.text((x, y + cell - 2), Path(record["file"]).stem, "black", font_size=11)
+        with contextlib.suppress(shared.PictureError):  # somebody damaged it; its cell stays white
+            photo = shared.open_picture(dataset.path(record))
+            width = photo.width
+            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
+            if record["face_box"]:
+                box = [edge * photo.width / width for edge in record["face_box"]]
+                ImageDraw.Draw(photo).rectangle(box, outline="lime")
+            sheet.paste(photo, (x, y))
+    about = PngInfo()
+    about.add_text("pictures", names)
     with shared.replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
-    return path
+        sheet.save(temporary, "PNG", pnginfo=about)
 
 
-def format_table(dataset: DataSet, labels: Sequence[str]) -> str:
-    """Lay out, for each label and in total: results asked for, found, kept, and rejected by reason."""
+def format_table(dataset: DataSet, labels: Sequence[str]) -> list[str]:
+    """Lay out, for each label and in total: results asked for, found, and what became of these."""
     counts = {label: Counter() for label in labels}
     for search in dataset.searches.values():
         if search["label"] in counts:
@@ -1121,23 +1372,29 @@ def format_table(dataset: DataSet, labels: Sequence[str]) -> str:
     for record in dataset.outcomes.values():
         if record["label"] in counts:
             counts[record["label"]][record.get("reason", "kept")] += 1
+    for row in counts.values():
+        row[NOT_TRIED] = row["found"] - sum(row[name] for name in ("kept", *REASONS))
     total = sum(counts.values(), Counter())
-    columns = ["asked", "found", "kept", *(reason for reason in REASONS if total[reason])]
+    columns = ["asked", "found", "kept", *(name for name in (*REASONS, NOT_TRIED) if total[name])]
     width = max(map(len, ["label", *labels]))
     lines = [f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns)]
     for label, row in [*counts.items(), ("total", total)]:
         lines.append(f"{label:{width}}" + "".join(f"  {row[name]:{max(len(name), 5)}}" for name in columns))
-    return "\n".join(lines)
+    return lines
 
 
 def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
     """Draw the contact sheets and print the table, and what was found under two labels."""
-    sheets = [draw_contact_sheet(dataset, label) for label in labels]
-    for record in dataset.outcomes.values():
-        if record.get("reason") == "two labels" and record["label"] in labels:
-            print(f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}")
-    print(format_table(dataset, labels))
-    print(f"pictures in {dataset.folder}, contact sheets to look at in {sheets[0].parent}")
+    for label in labels:
+        draw_contact_sheets(dataset, label)
+    lines = [
+        f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}"
+        for record in dataset.outcomes.values()
+        if record.get("reason") == "two labels" and record["label"] in labels
+    ]
+    lines += format_table(dataset, labels)
+    lines.append(f"pictures in {dataset.folder}, contact sheets to look at in {dataset.sheets}")
+    print(*map(shared.printable, lines), sep="\n")
 
 
 def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
@@ -1147,7 +1404,7 @@ def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
         print(f"removed {path}; if finetune_emotion.py has cut its face, delete that too: {path.name}.png")
     print(f"{len(files)} files removed; they are barred from {dataset.folder} from now on")
     for label in {path.parent.name for path in files}:
-        draw_contact_sheet(dataset, label)
+        draw_contact_sheets(dataset, label)
 
 
 # --- command line ---
@@ -1158,12 +1415,24 @@ EMOTION_QUERIES = shared.RESOURCES / "emotion_queries.json"
 def read_emotions(path: Path) -> dict[str, list[str]]:
     """Read which queries stand for which emotion, {label: [main word, synonyms...]}, or raise ValueError."""
     try:
-        queries = json.loads(path.read_text(encoding="utf-8"))
-        for texts in queries.values():
+        # As bytes, which may be UTF-8, UTF-16 or UTF-32, with a mark of it or without; objects become tuples.
+        pairs = json.loads(path.read_bytes(), object_pairs_hook=tuple)
+        if not isinstance(pairs, tuple) or not pairs:
+            raise ValueError("no label is in it")
+        for _, texts in pairs:
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{texts!r} is no list of queries")
-        return {check_label(label): texts for label, texts in queries.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(f"{str(texts)[:50]!r} is no list of queries")
+        queries = [
+            (check_label(label), [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts])
+            for label, texts in pairs
+        ]
+        for texts in [label for label, _ in queries], [text.casefold() for _, own in queries for text in own]:
+            [(text, count)] = Counter(texts).most_common(1)
+            if count > 1 or "" in texts:
+                raise ValueError(f"{text!r} is in it {count} times" if count > 1 else "a query is blank")
+            "".join(texts).encode()  # fails for half a character
+        return dict(queries)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON object of lists of words, like {EMOTION_QUERIES} ({error})"
         ) from None
@@ -1206,6 +1475,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     """Add what both data sets understand, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
     limit_help = f"results to look at for each query; without it {limit}, and all of a list"
+    target_help = "pictures to keep of each label: look at as many results of as many queries as that takes"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
     filter_help += f"without it type={kind}"
     delay_help = "seconds between two requests to a search engine"
@@ -1213,8 +1483,12 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
-    add("--labels", nargs="+", metavar="LABEL", help="download only these; without it all there are")
-    add("--limit", type=positive, metavar="N", help=limit_help)
+    composed = functools.partial(unicodedata.normalize, "NFC")
+    labels_help = "download only these; without it all there are"
+    add("--labels", type=composed, nargs="+", metavar="LABEL", help=labels_help)
+    number = parser.add_mutually_exclusive_group().add_argument
+    number("--limit", type=positive, metavar="N", help=limit_help)
+    number("--target", type=positive, metavar="N", help=target_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
     add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
     add("--workers", type=positive, default=8, metavar="N", help=workers_help)
@@ -1258,42 +1532,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Search, download, examine and report, going on where an earlier run stopped."""
     args = parse_args(argv)
-    is_list = args.engine == "urls"
-    dataset = DataSet(args.out_dir, SHORTER_SIDE if args.set == "imagenet" else None)
+    shorter_side = SHORTER_SIDE if args.set == "imagenet" else None
     if args.remove:
-        remove_picture(dataset, args.remove)
+        with shared.only_run_in(args.out_dir):
+            remove_picture(DataSet(args.out_dir, shorter_side), args.remove)
         return
-    listed = read_list(args.list) if is_list else {}
-    if is_list:
+    listed = read_list(args.list) if args.engine == "urls" else {}
+    if listed:
         queries = [Query(*key, args.limit or len(results)) for key, results in listed.items()]
     else:
         texts = read_emotions(args.emotions_file) if args.set == "emotions" else read_imagenet_labels()
-        queries = list_queries(texts, args.limit or args.default_limit, args.synonym_limit)
+        limit, synonym_limit = args.limit or args.default_limit, args.synonym_limit
+        if args.target:
+            limit, synonym_limit = sys.maxsize, synonym_limit and sys.maxsize
+        queries = list_queries(texts, limit, synonym_limit)
     if args.labels:
         queries = choose_labels(queries, args.labels)
-    find_face = None
-    if args.set == "emotions":
-        device = shared.pick_device(args.device)
-        finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
-        find_face = functools.partial(find_single_face, finder, args.min_face_size)
-    downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
+    labels = list(dict.fromkeys(query.label for query in queries))
     filters = {"type": args.kind, **dict(args.filter or [])}
+    check_engine(args.engine, filters)
+    downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
     with contextlib.ExitStack() as stack:
-        stack.callback(print_report, dataset, list(dict.fromkeys(query.label for query in queries)))
+        stack.enter_context(shared.only_run_in(args.out_dir))
+        dataset = DataSet(args.out_dir, shorter_side)
+        find_face = None
+        if args.set == "emotions":
+            device = shared.pick_device(args.device)
+            finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
+            find_face = functools.partial(find_single_face, finder, args.min_face_size)
+        stack.callback(print_report, dataset, labels)
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         stack.callback(downloader.close)
         fetch = functools.partial(pool.submit, dataset.fetch, downloader)
-        start_engine = functools.partial(open_engine, args.engine, downloader, args.delay, listed=listed)
-        engine = None
+        settle = functools.partial(collect, dataset=dataset, fetch=fetch, find_face=find_face)
+
+        options = {"listed": listed, "filters": filters, "profile": args.profile, "headful": args.headful}
+        engine = open_engine(args.engine, downloader, args.delay, **options)
+        start_engine = functools.cache(functools.partial(stack.enter_context, engine))
         for query in tqdm(queries, "searching", unit="query", disable=None):
-            search = dataset.searches.get((args.engine, query.label, query.text))
-            # A list may have changed, and is read in no time.
-            if is_list or not search or search["asked"] < query.limit:
-                engine = engine or stack.enter_context(
-                    start_engine(filters=filters, profile=args.profile, headful=args.headful)
-                )
-                search = dataset.note_search(args.engine, query, engine(query))
-            collect(search, dataset, fetch, find_face)
+            work_off(query, args.engine, start_engine, dataset, settle, target=args.target)
+        for label in labels if args.target else ():
+            kept = len(dataset.there(label))
+            state = "the target is reached" if kept >= args.target else "its searches are exhausted"
+            print(f"{label}: {kept} of {args.target} pictures, {state}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ import pytest
 from conftest import NO_BROWSER
 from image_server import (
     CERTIFICATE,
+    CONSENT_WORDS,
     HOSTILE,
+    MORE_CONTROLS,
     FakeGoogle,
     chromium_script,
     picture,
@@ -130,7 +132,7 @@ def wait_for(condition):
 
 @pytest.mark.slow
 def test_google_gives_all_60_originals_after_consent_and_scrolling(google, pictures, out_dir, capsys):
-    google.consent = True
+    google.consent = "page"
     imagenet(out_dir, "--labels", "tench", "--limit", "60")
     wanted = {google.original("tench", n) for n in range(60)}
     kept = records(out_dir, "kept")
@@ -143,6 +145,79 @@ def test_google_gives_all_60_originals_after_consent_and_scrolling(google, pictu
     assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "60", "60", "60"]
     [listed] = download_data.read_list(out_dir / "manifest.jsonl").values()
     assert {result.url for result in listed} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", CONSENT_WORDS)
+def test_the_consent_page_is_answered_with_no_in_any_language(language, google, out_dir):
+    google.consent, google.language = "page", language
+    imagenet(out_dir, "--labels", "tench", "hen", "--limit", "2")
+    [answer] = google.answers  # the cookie is kept, and the way leads back to the first search
+    assert answer["set_eom"] == "true"
+    assert "set_sc" not in answer
+    assert google.queries == ["tench", "hen"]
+
+
+@pytest.mark.slow
+def test_the_consent_dialog_is_answered_with_no(google):
+    google.consent = "dialog"
+    with download_data.open_browser(None, headful=False) as driver:
+        engine = download_data.Google(driver, {}, is_watched=False)
+        assert len(list(engine.search(download_data.Query("tench", "tench", 3)))) == 3
+        assert driver.get_cookie("SOCS")
+        assert not driver.execute_script("return document.getElementById('W0wltc')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", MORE_CONTROLS)
+def test_more_results_are_asked_for_where_scrolling_ends(control, google, out_dir):
+    google.more_after, google.more = 40, control
+    imagenet(out_dir, "--labels", "tench", "--limit", "60")
+    assert {record["url"] for record in records(out_dir, "kept")} == {
+        google.original("tench", n) for n in range(60)
+    }
+
+
+@pytest.mark.slow
+def test_a_browser_and_a_driver_of_different_versions_are_named(google, out_dir, tmp_path):
+    # Stands in for a chromedriver of another version: it answers as that does.
+    (tmp_path / "bin" / "chromedriver").write_text(f"#!{sys.executable}\n{OTHER_DRIVER}")
+    (tmp_path / "bin" / "chromedriver").chmod(0o755)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench")
+    assert "\n" not in stop.value.code
+    assert "only supports Chrome version 114 Current browser version is 156.0.8078.108" in stop.value.code
+    assert stop.value.code.endswith("must be of one version")
+
+
+OTHER_DRIVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self, status=200, value={"ready": True, "message": "ready"}):
+        body = json.dumps({"value": value}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_POST(self):
+        message = "session not created: This version of ChromeDriver only supports Chrome version 114\\n"
+        message += "Current browser version is 156.0.8078.108 with binary path /usr/bin/chromium"
+        trace = "#0 0x55c932b7d4e3 <unknown>\\n"
+        self.do_GET(500, {"error": "session not created", "message": message, "stacktrace": trace})
+    def log_message(self, *args):
+        pass
+[port] = [int(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--port=")]
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_the_browser_is_driven_directly_where_there_is_a_proxy(proxy, google):
+    with download_data.open_browser(None, headful=False) as driver:
+        assert driver.execute_script("return 6 * 7") == 42
+    assert not [url for url in proxy.hits if "localhost" in url]
 
 
 @pytest.mark.slow
@@ -177,7 +252,7 @@ def test_somebody_who_watches_can_solve_the_captcha(google):
     google.captcha_after, google.solved_after_s = 0, 0.5
     with download_data.open_browser(None, headful=False) as driver:
         watched = download_data.Google(driver, {}, is_watched=True)
-        results = watched.search(download_data.Query("tench", "tench", 10))
+        results = list(watched.search(download_data.Query("tench", "tench", 10)))
     assert [result.url for result in results] == [google.original("tench", n) for n in range(10)]
 
 
