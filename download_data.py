@@ -476,6 +476,13 @@ def url_digest(url: str) -> str:
     return hashlib.sha256(url.encode()).hexdigest()
 
 
+def refuse_links(*paths: Path) -> None:
+    """Raise ValueError if one of some files and folders is a link, which may lead anywhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, expected what this script wrote; delete the link")
+
+
 def check_label(label: object) -> str:
     """Return a label, in Unicode's composed form, that can name a folder anywhere, else raise ValueError."""
     name = unicodedata.normalize("NFC", str(label))
@@ -491,10 +498,15 @@ def check_label(label: object) -> str:
 def read_result(fields: dict) -> Result:
     """Return the Result that a line of JSON describes; raises ValueError or TypeError if it does not."""
     result = Result(**fields)
-    texts, box = (result.url, result.page, result.title, result.license, result.sha256), result.face_box
-    is_box = isinstance(box, list | tuple) and len(box) in (0, 4) and all(map(math.isfinite, box))
-    if not is_box or not result.url or not all(isinstance(text, str) for text in texts):
-        raise ValueError("not the fields of a picture")
+    "".join(
+        (result.url, result.page, result.title, result.license, result.sha256)
+    ).encode()  # fails if no texts
+    if result.face_box:
+        left, top, right, bottom = result.face_box
+    if not result.url or (
+        result.face_box and not (-1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6)
+    ):
+        raise ValueError("no URL, or no box")
     return result
 
 
@@ -525,9 +537,7 @@ class DataSet:
         self.incoming = folder / ".incoming"
         named = folder if folder.name not in ("", "..") else folder.resolve()
         self.sheets = named.with_name(f"{named.name}_sheets")
-        for path in self.journal, self.incoming:
-            if path.is_symlink():
-                raise ValueError(f"{path} is a link, expected a file or folder of this script's; delete it")
+        refuse_links(self.journal, self.incoming)
         for path in self.incoming.glob("*"):
             if path.is_symlink() or shared.TEMPORARY.fullmatch(path.name):  # of a run that was killed
                 path.unlink()
@@ -572,8 +582,9 @@ class DataSet:
                 read_result(fields)
             self.searches[key] = record
             return
-        url = read_result({name: record[name] for name in FOUND}).url
-        if record["status"] == "kept":
+        is_kept = record["status"] == "kept"
+        url = read_result({name: record[name] for name in (Result._fields if is_kept else FOUND)}).url
+        if is_kept:
             self.copies.add(record)
             if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
                 raise ValueError("not where a picture of this label belongs")
@@ -610,10 +621,9 @@ class DataSet:
         source.unlink(missing_ok=True)
 
     def path(self, record: dict) -> Path:
-        """Return where a kept picture is; raises ValueError if a link leads out of the folder."""
+        """Return where a kept picture is; raises ValueError if a link could lead elsewhere."""
         path = self.folder / record["file"]
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{path} leads out of {self.folder} by a link; delete the link")
+        refuse_links(path.parent, path)
         return path
 
     def there(self, label: str) -> list[dict]:

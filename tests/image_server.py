@@ -424,8 +424,15 @@ def chromium_script(path: Path, chromium: str, google: Server) -> None:
 # --- public APIs ---
 
 
-def serve_openverse(handler: Handler, pictures: str, num_results: int) -> None:
-    """Answer as https://api.openverse.org/v1/images/ does."""
+Change = Callable[[dict, int], None]  # (answer, its number from 1) -> None
+
+
+def leave(answer: dict, number: int) -> None:
+    """Change nothing."""
+
+
+def serve_openverse(handler: Handler, pictures: str, num_results: int, change: Change = leave) -> None:
+    """Answer as https://api.openverse.org/v1/images/ does, but for a change."""
     fields = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
     page, size = int(fields["page"]), int(fields["page_size"])
     numbers = range((page - 1) * size, min(page * size, num_results))
@@ -449,11 +456,15 @@ def serve_openverse(handler: Handler, pictures: str, num_results: int) -> None:
         "page": page,
         "results": results,
     }
+    change(answer, page)
     handler.answer(json.dumps(answer).encode(), "application/json")
 
 
-def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
-    """Answer as https://commons.wikimedia.org/w/api.php does to a search for files; pages come unordered."""
+def serve_commons(handler: Handler, pictures: str, num_results: int, change: Change = leave) -> None:
+    """Answer as https://commons.wikimedia.org/w/api.php does to a search for files, but for a change.
+
+    Pages come unordered.
+    """
     fields = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
     offset, size = int(fields.get("gsroffset", 0)), int(fields["gsrlimit"])
     numbers = range(offset, min(offset + size, num_results))
@@ -478,4 +489,5 @@ def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
     answer = {"batchcomplete": True, "query": {"pages": pages}} if pages else {"batchcomplete": True}
     if numbers.stop < num_results:
         answer["continue"] = {"gsroffset": numbers.stop, "continue": "gsroffset||"}
+    change(answer, offset // size + 1)
     handler.answer(json.dumps(answer).encode(), "application/json")
