@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -132,7 +134,7 @@ def cut_photos(
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
-            crop_path, before = faces_dir / record["crop"], known.get(photo, {})
+            crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
@@ -152,14 +154,23 @@ def cut_photos(
 
 
 def read_index(path: Path) -> dict[str, dict]:
-    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none."""
+    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none.
+
+    Raises:
+        ValueError: a line names a crop outside the index's folder.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["photo"]] = record
+            is_cut = record["reason"] is None
+            if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:
+                records[str(record["photo"])] = {**record, "crop": str(record["crop"])}
+    for record in records.values():
+        try:
+            shared.inside(path.parent, record["crop"])
+        except ValueError as error:
+            raise ValueError(f"{path} names a crop: {error}; delete it, it is made anew") from None
     return records
 
 
@@ -266,7 +277,9 @@ def load_labelled(
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
     crops = [faces_dir / record["crop"] for record in records]
-    images = shared.load_images(crops, "L")
+    images, readable = shared.load_images(crops, "L")
+    records = [record for record, crop in zip(records, crops, strict=True) if crop in set(readable)]
+    crops = readable
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
@@ -408,20 +421,17 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the columns are missing, or a label is none of `classes`.
+        ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
-    import pandas as pd
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")[["path", "label"]]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} has no columns path and label; export it anew from the page of --review"
-        ) from None
-    unknown = set(table["label"]) - {"", *classes}
-    if unknown:
-        raise ValueError(f"{path} has the label {min(unknown)!r}, expected empty or {', '.join(classes)}")
-    return dict(zip(table["path"], table["label"], strict=True))
+    def parse(cells: dict[str, str]) -> tuple[str, str]:
+        photo, label = cells["path"], cells["label"]
+        shared.inside(path.parent, photo)
+        if label not in {"", *classes}:
+            raise ValueError(f"it has the label {label[:50]!r}, expected empty or {', '.join(classes)}")
+        return photo, label
+
+    return dict(shared.read_table(path, {"path", "label"}, parse, "what the page of --review exports"))
 
 
 def write_review(
@@ -572,73 +582,79 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-    classes, image_size = start["classes"], args.image_size or start["image_size"]
-    corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
-    if args.corrections or corrections_path.exists():
-        corrections = read_corrections(corrections_path, classes)
-    finder = shared.FaceFinder(device)
-    cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
-    records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
-    print(count_photos(records, classes))
-    if corrections:
-        print(f"{len(corrections)} corrections in {corrections_path}")
-    faces = load_labelled(
-        records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
-    )
-    net = shared.load_network(start).to(device, memory_format=torch.channels_last)
-    options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-    options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-    batches = functools.partial(shared.FaceBatches, **options)
-    if args.review:
-        probs = second_opinion(net, batches(faces.images, faces.labels), faces.groups, start["temperature"])
-        write_review(
-            args.out_dir / "review.html",
-            faces,
-            probs,
-            classes,
-            corrections=corrections,
-            corrections_path=corrections_path,
+    with shared.only_run_in(args.out_dir, args.faces_dir):
+        start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
+        classes, image_size = start["classes"], args.image_size or start["image_size"]
+        corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
+        if args.corrections or corrections_path.exists():
+            corrections = read_corrections(corrections_path, classes)
+        finder = shared.FaceFinder(device)
+        cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
+        records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
+        print(count_photos(records, classes))
+        if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
+            names = ", ".join(unreadable[: shared.MAX_NAMED])
+            print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+        if corrections:
+            print(f"{len(corrections)} corrections in {corrections_path}")
+        faces = load_labelled(
+            records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
         )
-        return
+        net = shared.load_network(start).to(device, memory_format=torch.channels_last)
+        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
+        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, **options)
+        if args.review:
+            probs = second_opinion(
+                net, batches(faces.images, faces.labels), faces.groups, start["temperature"]
+            )
+            write_review(
+                args.out_dir / "review.html",
+                faces,
+                probs,
+                classes,
+                corrections=corrections,
+                corrections_path=corrections_path,
+            )
+            return
 
-    fer = {
-        name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
-        for name in shared.SPLITS
-        if args.mix
-    }
-    train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
-    val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
-    sizes["val"] = shared.count_labels(val.labels, classes)
-    sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="emotion",
-        arch=start["arch"],
-        classes=classes,
-        kept=classes,
-        image_size=image_size,
-        crop_margin=start["crop_margin"],
-        config=shared.plain_config(vars(args)),
-        best_name="undrawn.pt" if fer else "best.pt",  # what forgot too much must not be taken for the best
-    )
-    run.start(net, device, sizes, is_resumed=resumed is not None)
-    results = {"before": judge_sets(net, sets, start["temperature"], classes)}
-    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-    smoothing = args.label_smoothing
-    best = shared.fit_classifier(
-        net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
-    )
-    best_path = args.out_dir / "best.pt"
-    if fer:
-        lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
-        best = draw_back(best, start, val, sets["FER val"], lowest)
-        shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
-    trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
-    results["after"] = judge_sets(trained, sets, best["temperature"], classes)
-    report_change(results, classes, args.out_dir)
-    print(f"best epoch {best['epoch']}; wrote {best_path}")
+        fer = {
+            name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
+            for name in shared.SPLITS
+            if args.mix
+        }
+        train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
+        val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
+        sizes["val"] = shared.count_labels(val.labels, classes)
+        sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="emotion",
+            arch=start["arch"],
+            classes=classes,
+            kept=classes,
+            image_size=image_size,
+            crop_margin=start["crop_margin"],
+            config=shared.plain_config(vars(args)),
+            best_name="undrawn.pt" if fer else "best.pt",  # of what forgot too much none is called best
+        )
+        run.start(net, device, sizes, is_resumed=resumed is not None)
+        results = {"before": judge_sets(net, sets, start["temperature"], classes)}
+        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        smoothing = args.label_smoothing
+        best = shared.fit_classifier(
+            net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
+        )
+        best_path = args.out_dir / "best.pt"
+        if fer:
+            lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
+            best = draw_back(best, start, val, sets["FER val"], lowest)
+            shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
+        trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
+        results["after"] = judge_sets(trained, sets, best["temperature"], classes)
+        report_change(results, classes, args.out_dir)
+        print(f"best epoch {best['epoch']}; wrote {best_path}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -81,19 +82,25 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
         faces: N images, named after the rows of FER's table.
 
     Raises:
-        ValueError: a row or a class is not in the file.
+        ValueError: a row or a class is not in the file, or a row is malformed.
     """
-    import pandas as pd
     import torch
+
+    def parse(cells: dict[str, str]) -> tuple[int, list[float]]:
+        counts = [float(cells[name]) for name in classes]
+        if not all(0 <= count < math.inf for count in counts):
+            raise ValueError(f"row {cells['row'][:20]} has votes that are no numbers of people")
+        return int(cells["row"]), counts
 
     if not path.exists():
         return torch.zeros(len(faces), len(classes))
-    try:
-        votes = pd.read_csv(path, index_col="row").loc[[int(face.stem) for face in faces], list(classes)]
-        return torch.tensor(votes.to_numpy("float32"))
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
-        raise ValueError(f"{path} has no votes for {reason}; unpack anew, or remove the file") from None
+    rows = shared.read_table(path, {"row", *classes}, parse, "what unpack_fer_data.py writes of FER+'s votes")
+    votes = dict(rows)
+    missing = [face.stem for face in faces if not face.stem.isdecimal() or int(face.stem) not in votes]
+    if missing or len(votes) < len(rows):
+        reason = f"no votes for {missing[0]}" if missing else "two lines for a row"
+        raise ValueError(f"{path} has {reason}; unpack anew, or remove the file")
+    return torch.tensor([votes[int(face.stem)] for face in faces])
 
 
 def load_split(folder: Path, classes: Sequence[str], limit: int | None) -> FerSplit:
@@ -257,60 +264,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     report_on = functools.partial(
         report_split, args.data_dir, args.out_dir, batch_size=args.batch_size, limit=args.limit, device=device
     )
-    if args.evaluate:
-        report_on(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
-        return
-    learned = find_classes(args.data_dir / "train")
-    kept = pick_classes(learned, args.emotions)
-    faces = load_split(args.data_dir / "train", learned, args.limit)
-    val_faces = load_split(args.data_dir / "val", kept, args.limit)
-    teachers = load_teachers([Path(path) for path in args.teachers or []], learned, device)
-    start = shared.load_checkpoint(args.init)
-    net = shared.load_network(start, learned).to(device, memory_format=torch.channels_last)
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="fer",
-        arch=start["arch"],
-        classes=learned,
-        kept=kept,
-        image_size=args.image_size,
-        crop_margin=shared.CROP_MARGIN,
-        config=shared.plain_config(vars(args)),
-    )
-    data = {
-        "train": shared.count_labels(faces.labels, learned),
-        "val": shared.count_labels(val_faces.labels, kept),
-        "votes": f"known for {int((faces.votes.sum(1) > 0).sum())} images of train",
-        "untrained in the head": ", ".join(name for name in learned if name not in start["classes"])
-        or "none",
-    }
-    run.start(net, device, data, is_resumed=resumed is not None)
-    targets = mix_targets(faces.labels, faces.votes, args.vote_weight)
-    if teachers:
-        targets = targets.lerp(ask_teachers(teachers, faces.images, learned), args.teacher_weight)
-    batches = functools.partial(
-        shared.FaceBatches, batch_size=args.batch_size, image_size=args.image_size, device=device
-    )
-    best = shared.fit_classifier(
-        net,
-        batches(
-            faces.images,
-            faces.labels,
-            targets=targets,
-            balance=args.balance,
-            mixup=args.mixup,
-            seed=args.seed,
-        ),
-        batches(val_faces.images, val_faces.labels),
-        run=run,
-        schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
-        label_smoothing=args.label_smoothing,
-        resume=resumed,
-    )
-    accuracy = best["metrics"]["val_acc"]
-    print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
-    report_on(best, "test")
+    with shared.only_run_in(args.out_dir):
+        if args.evaluate:
+            report_on(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
+            return
+        learned = find_classes(args.data_dir / "train")
+        kept = pick_classes(learned, args.emotions)
+        faces = load_split(args.data_dir / "train", learned, args.limit)
+        val_faces = load_split(args.data_dir / "val", kept, args.limit)
+        teachers = load_teachers([Path(path) for path in args.teachers or []], learned, device)
+        start = shared.load_checkpoint(args.init)
+        net = shared.load_network(start, learned).to(device, memory_format=torch.channels_last)
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="fer",
+            arch=start["arch"],
+            classes=learned,
+            kept=kept,
+            image_size=args.image_size,
+            crop_margin=shared.CROP_MARGIN,
+            config=shared.plain_config(vars(args)),
+        )
+        data = {
+            "train": shared.count_labels(faces.labels, learned),
+            "val": shared.count_labels(val_faces.labels, kept),
+            "votes": f"known for {int((faces.votes.sum(1) > 0).sum())} images of train",
+            "untrained in the head": ", ".join(name for name in learned if name not in start["classes"])
+            or "none",
+        }
+        run.start(net, device, data, is_resumed=resumed is not None)
+        targets = mix_targets(faces.labels, faces.votes, args.vote_weight)
+        if teachers:
+            targets = targets.lerp(ask_teachers(teachers, faces.images, learned), args.teacher_weight)
+        batches = functools.partial(
+            shared.FaceBatches, batch_size=args.batch_size, image_size=args.image_size, device=device
+        )
+        best = shared.fit_classifier(
+            net,
+            batches(
+                faces.images,
+                faces.labels,
+                targets=targets,
+                balance=args.balance,
+                mixup=args.mixup,
+                seed=args.seed,
+            ),
+            batches(val_faces.images, val_faces.labels),
+            run=run,
+            schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
+            label_smoothing=args.label_smoothing,
+            resume=resumed,
+        )
+        accuracy = best["metrics"]["val_acc"]
+        print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
+        report_on(best, "test")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import importlib.util
@@ -31,17 +32,18 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
 import secrets
 import shutil
 import sys
-import tempfile
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -65,6 +67,7 @@ EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
 RESOURCES = Path(__file__).parent / "resources"
 DEFAULT_MODEL = RESOURCES / "emotion_resnet50.pt"
 
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512  # pixels, chosen here
 IMAGE_SIZE = 96  # pixels, side of the network's input; 64 costs half the time, see resources/EXPERIMENTS.md
 # Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
 # faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
@@ -124,31 +127,48 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _create_temporary(folder: Path) -> tuple[Path, int]:
-    """Create an empty file; return its path, and its descriptor, which holds a lock while it is open."""
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Give an empty folder in `parent` that is gone after the block, or renamed; strays as of `replacing`."""
+    _remove_strays(parent.absolute())
+    temporary, descriptor = _create_temporary(parent, is_folder=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if fcntl:
+            os.close(descriptor)
+
+
+def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, int | None]:
+    """Create an empty file or folder; return its path, and a descriptor that holds a lock until closed."""
     while True:
-        path = folder / f".emotion-{secrets.token_hex(8)}.tmp"
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        path = parent / f".emotion-{secrets.token_hex(8)}.tmp"
+        if is_folder:
+            path.mkdir(mode=0o700)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         if not fcntl:
-            os.close(descriptor)  # Windows renames no open file
-            return path, descriptor
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if path.exists():
-            return path, descriptor
-        os.close(descriptor)  # before it was locked, another run took it for a stray
+            return path, None
+        with contextlib.suppress(FileNotFoundError):  # another run took it for a stray before it was locked
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
 
 
 @functools.cache  # once a run is enough
 def _remove_strays(folder: Path) -> None:
-    """Remove the temporary files of `replacing` that no process holds."""
+    """Remove the temporary files and folders that a killed run left, and no process holds."""
     for path in folder.iterdir() if fcntl else ():
         if TEMPORARY.fullmatch(path.name):
             with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
-                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
                 finally:
                     os.close(descriptor)
 
@@ -224,15 +244,95 @@ def _open_locked(lock: Path, what: Path) -> int:
 
 
 def save_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; raises OSError as `replacing`."""
+    """Write a value as indented JSON; raises OSError as `replacing`, ValueError for NaN, which JSON lacks."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+# How files begin that people pass by mistake, and the words for them.
+BEGINNINGS = {
+    b"version https://git-lfs.github.com": "a pointer of Git LFS, not the file itself (git lfs pull gets it)",
+    b"\x89HDF\r\n": "HDF5, as Keras writes it",
+    b"\x1f\x8b": "packed by gzip",
+    b"\xfd7zXZ": "packed by xz",
+    b"BZh": "packed by bzip2",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"PK": "a zip archive",
+    b"\xff\xfe": "text in UTF-16, not in UTF-8",
+    b"\xfe\xff": "text in UTF-16, not in UTF-8",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"%PDF": "a PDF document",
+    b"\x80": "a pickle of Python",
+}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path below a folder that data names, ValueError if it leads out, be it by a link."""
+    parts = PurePath(name).parts
+    is_plain = parts and not PurePath(name).is_absolute() and ".." not in parts and "\0" not in name
+    if not is_plain or not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name[:100]!r} leads out of {folder}")
+    return folder / name
+
+
+def kind_of(head: bytes) -> str:
+    """Return in words what a file is that begins with `head`, about 500 bytes of it; "" for other text."""
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if (
+        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
+        .lower()
+        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
+    ):
+        return "a web page"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:
+        return "safetensors"
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":
+        return "ONNX"
+    return "empty" if not head else "of an unknown kind, not text" if b"\0" in head else ""
+
+
+def read_table(
+    path: Path, columns: set[str], parse: Callable[[dict[str, str]], object], expected: str
+) -> list:
+    """Return what `parse` makes of each row of a CSV in UTF-8, its cells by column.
+
+    Args:
+        columns: that it must have.
+        parse: may raise ValueError, with what is wrong with the row.
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: the file is no such table; the message says what it is, or which line is wrong.
+    """
+    with path.open("rb") as file:
+        if kind := kind_of(file.read(512)):
+            raise ValueError(f"{path} is {kind}, expected {expected}")
+    rows = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        try:
+            if missing := columns - set(table.fieldnames or ()):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            for cells in table:
+                if None in cells or None in cells.values():
+                    raise ValueError("it has more or fewer columns than the first")
+                rows.append(parse(cells))
+        except (csv.Error, ValueError) as error:
+            reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{path} is not {expected}, line {table.line_num}: {reason}") from None
+    return rows
 
 
 # --- pictures ---
@@ -485,10 +585,10 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
     import openvino
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        openvino.save_model(model, Path(temporary) / "network.xml", compress_to_fp16=False)
+    with temporary_folder(folder.parent) as temporary:
+        openvino.save_model(model, temporary / "network.xml", compress_to_fp16=False)
         shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary).rename(folder)
+        temporary.rename(folder)
     for other in folder.parent.iterdir():
         if CACHED.fullmatch(other.name) and time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
             other.unlink() if other.is_file() else shutil.rmtree(other)
@@ -880,13 +980,23 @@ def train_mode(net: nn.Module) -> None:
 # --- data ---
 
 
+MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
+MAX_NAMED = 5  # files of a kind that a message names; the others are counted
+
+
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
     """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+
+    What macOS writes beside a picture on foreign disks, ._picture.jpg, is no picture.
 
     Raises:
         ValueError: there are none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in picture_suffixes() and not path.name.startswith("._") and path.is_file()
+    )
     if not paths:
         raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
     return spread(paths, limit)
@@ -899,31 +1009,52 @@ def spread(items: Sequence[Path], limit: int | None) -> Sequence[Path]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Tensor:
+def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tuple[Tensor, list[Path]]:
     """Read images into memory as one uint8 tensor (N, C, S, S); mode "L" has C = 1, "RGB" has 3.
 
     Images are cut to their central square and resized to `size` pixels; without `size`, to the first one's
-    own. Several threads read.
+    own. Several threads read. A few that are not readable are named on stderr and left out.
+
+    Returns:
+        The images, and their N paths.
 
     Raises:
-        PictureError: a file is not a readable image.
+        ValueError: more than MAX_UNREADABLE of the files are not readable images.
     """
     import torch
 
-    def read(path: Path) -> np.ndarray:
-        image = open_picture(path, mode, draft=size)
+    def read(path: Path) -> np.ndarray | PictureError:
+        try:
+            image = open_picture(path, mode, draft=size)
+        except PictureError as error:
+            return error
         side, target = min(image.size), size or side_of_first
         x, y = (image.width - side) // 2, (image.height - side) // 2
         if image.size != (target, target):
             image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    side_of_first = size or min(open_picture(paths[0]).size)
+    for path in paths if size is None else ():
+        with contextlib.suppress(PictureError):
+            side_of_first = min(open_picture(path).size)
+            break
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = list(
+        results = list(
             tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
         )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    errors = [result for result in results if isinstance(result, PictureError)]
+    if len(errors) > MAX_UNREADABLE * len(paths):
+        share = f"{len(errors)} of {len(paths)} images are not readable"
+        raise ValueError(
+            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
+        )
+    for error in errors[:MAX_NAMED]:
+        print(printable(f"left out: {error}"), file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} of {len(paths)} images are not readable and left out", file=sys.stderr)
+    kept = [i for i, result in enumerate(results) if not isinstance(result, PictureError)]
+    images = torch.from_numpy(np.stack([results[i] for i in kept]))
+    return images.permute(0, 3, 1, 2).contiguous(), [paths[i] for i in kept]
 
 
 def load_faces(
@@ -935,13 +1066,14 @@ def load_faces(
         Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
 
     Raises:
-        ValueError: a class has no images, or one is not readable.
+        ValueError: a class has no images, or too many are not readable.
     """
     import torch
 
     paths = spread([path for name in classes for path in list_images(folder / name)], limit)
+    images, paths = load_images(paths, "L")
     labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
-    return load_images(paths, "L"), labels, paths
+    return images, labels, paths
 
 
 def count_labels(labels: Tensor, classes: Sequence[str]) -> str:
@@ -1062,6 +1194,16 @@ def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> T
     return shuffled[drawn][torch.randperm(n, generator=generator)]
 
 
+def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Split indices (N,) into batches; a last one of one image, no use to BatchNorm, joins the one before."""
+    import torch
+
+    batches = list(indices.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
 class FaceBatches:
     """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
 
@@ -1103,7 +1245,7 @@ class FaceBatches:
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         random = np.random.default_rng((self.seed, epoch))
-        for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
+        for indices in split_batches(epoch_order(self.labels, self.balance, generator), self.batch_size):
             images = augment_faces(self.images[indices].to(self.device), self.image_size, generator)
             targets = self.targets[indices].to(self.device)
             if self.mixup:
@@ -1299,7 +1441,22 @@ def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> No
 
 FORMAT = 1
 STAGES = ("gray", "fer", "emotion")
-NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "model")
+NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "temperature", "model")
+# Beyond what a run writes, last.pt of a resnet50 with averaged weights: 400 MB, 200 KB of it pickled.
+MAX_CHECKPOINT_BYTES, MAX_PICKLE_BYTES = 2**29, 2**22
+MAX_WEIGHTS = 2 * 25_600_000  # twice those of a resnet50
+# What pickles of tensors name. PyTorch would also let bytearray pass, which makes any amount of memory.
+HARMLESS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
+ZIPPED = {  # a name in a zip archive, and what the archive is then
+    "constants.pkl": "a TorchScript program",
+    "model.weights.h5": "a model of Keras",
+    "[Content_Types].xml": "an office document",
+    ".npy": "arrays of NumPy",
+}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1316,7 +1473,134 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         with replacing(path, sync=True) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     except OSError as error:
-        raise OSError(f"{error}; free some space and go on with --resume") from None
+        kept = "the former one is kept; " if path.exists() else ""
+        raise OSError(f"{error}; {kept}free some space and go on with --resume") from None
+
+
+def load_tensors(path: Path, expected: str) -> object:
+    """Return the tensors and plain values that torch.save wrote; nothing in the file is run.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: it is something else, damaged, or says that it holds more than it does.
+    """
+    import torch
+
+    size = path.stat().st_size
+    try:
+        what = (
+            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
+        )
+        if not what:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
+                return content
+            what = "one whose tensors say that they are larger than the file"
+    except Exception as error:  # zipfile, pickletools and torch raise a dozen types for a damaged file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        what = "cut off or damaged"
+    raise ValueError(f"{path} is not {expected}: it is {what}") from None
+
+
+def _foreign(path: Path) -> str:
+    """Return in words what a file is, "" if torch.save wrote it, of tensors and plain values only."""
+    with path.open("rb") as file:
+        head = file.read(512)
+        if head.startswith(LEGACY):
+            file.seek(0)
+            return next(filter(None, (_code_in(file) for _ in range(5))), "")  # of its five pickles
+    if not head.startswith(b"PK"):
+        return kind_of(head) or "text"
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for ending, kind in ZIPPED.items():
+            if any(entry.filename.endswith(ending) for entry in entries):
+                return kind
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            return "a zip archive"
+        claimed = sum(entry.file_size for entry in entries)  # torch.save packs nothing
+        if claimed > path.stat().st_size or pickles[0].file_size > MAX_PICKLE_BYTES:
+            return "a zip archive that says that it holds more than a checkpoint does"
+        return _code_in(io.BytesIO(archive.read(pickles[0])))
+
+
+def _code_in(file: BinaryIO) -> str:
+    """Read the next pickle of a file; return what it is, "" if it is of tensors and plain values."""
+    for operation, argument, position in pickletools.genops(file):
+        is_name = operation.name in {"GLOBAL", "STACK_GLOBAL", "INST"}
+        if is_name and not HARMLESS.fullmatch(str(argument)):
+            return f"a pickle with code in it ({str(argument or 'by name')[:50]}), which is not run"
+        if position > MAX_PICKLE_BYTES:
+            return f"a pickle of more than {MAX_PICKLE_BYTES >> 20} MB"
+    return ""
+
+
+def _tensors_in(content: object) -> Iterator[Tensor]:
+    """Yield the tensors in dicts, lists and tuples, however nested."""
+    import torch
+
+    rest = [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            rest += value.values() if isinstance(value, dict) else value
+
+
+def _foreign_content(content: object) -> str:
+    """Return in words what a file holds that is no checkpoint of this project."""
+    import torch
+
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if "format" in content:
+        return f"one of format {str(content['format'])[:20]}"
+    names = [str(name)[:20] for name in content]
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return f"a state dict, as torchvision's, weights alone ({', '.join(names[:2])}, ...)"
+    return f"one of another program, with {', '.join(names[:5])}"
+
+
+def _check_values(checkpoint: dict) -> None:
+    """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
+    classes, arch = checkpoint["classes"], checkpoint["arch"]
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes that are no list of names")
+    for name in classes:  # they name folders too
+        if not re.fullmatch(r"[^/\\]{1,100}", name) or name in {".", ".."} or printable(name) != name:
+            raise ValueError(f"a class of the name {name[:50]!r}")
+    if len(set(classes)) < len(classes):
+        raise ValueError("two classes of one name")
+    if arch not in ARCHS:
+        raise ValueError(f"the architecture {str(arch)[:20]!r}, expected one of {', '.join(ARCHS)}")
+    for name, kinds, low, high in (
+        ("image_size", int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        ("crop_margin", int | float, 0, 2),
+        ("temperature", int | float, 0.01, 100),
+    ):
+        value = checkpoint[name]
+        if not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"{name} {str(value)[:20]}, expected {low} to {high}")
+
+
+def _check_weights(weights: object) -> None:
+    """Raise ValueError, with what is wrong, if weights cannot be those of a trained network."""
+    import torch
+
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise ValueError("no weights")
+    if sum(value.numel() for value in weights.values()) > MAX_WEIGHTS:
+        raise ValueError("more weights than any network of this toolkit")
+    for name, value in weights.items():
+        if not value.isfinite().all() or (str(name).endswith("running_var") and (value < 0).any()):
+            raise ValueError(f"weights that are not finite, in {name}, as diverged training leaves them")
 
 
 def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
@@ -1326,24 +1610,24 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this project, or of none of the `stages`.
     """
-    import torch
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    expected = f"a checkpoint of this toolkit, format {FORMAT}"
+    checkpoint = load_tensors(path, expected)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
-        )
+        what = _foreign_content(checkpoint)
+        raise ValueError(f"{path} is not {expected}: it is {what}; train one, see the README")
     missing = [name for name in NEEDED if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is a checkpoint without {', '.join(missing)}; train one, see the README")
     if checkpoint["stage"] not in stages:
         expected = " or ".join(repr(stage) for stage in stages)
-        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+        raise ValueError(f"{path} has stage {str(checkpoint['stage'])[:20]!r}, expected {expected}")
+    try:
+        _check_values(checkpoint)
+        _check_weights(checkpoint["model"])
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}; train one, see the README") from None
     checkpoint["model"] = {
         name: value.float() if value.is_floating_point() else value
         for name, value in checkpoint["model"].items()
@@ -1446,7 +1730,8 @@ class Run:
         """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
         self._save("last.pt", self.classes, net.state_dict(), history, **training_state)
         with replacing(self.out_dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(past) + "\n" for past in history), encoding="utf-8")
+            lines = [json.dumps(past, allow_nan=False) + "\n" for past in history]
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _save(
         self, name: str, classes: Sequence[str], weights: dict, history: list[dict], **training_state: dict
@@ -1587,6 +1872,8 @@ def fit(
         speed = seen / (time.perf_counter() - start)
         judged = averaged.module if averaged else net
         record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **validate(judged)}
+        if not all(map(math.isfinite, record.values())):
+            raise ValueError(f"figures of epoch {epoch} are not finite; try a lower --lr than {lr}")
         history.append({**record, "images_per_s": speed})
         print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
         if score(record) == max(map(score, history)):
@@ -1693,6 +1980,8 @@ class Classifier:
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
         logits = logits / self.temperature
+        if not np.isfinite(logits).all():
+            raise ValueError("the model's weights are so large that it gives no probabilities; train it anew")
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 
@@ -1788,7 +2077,11 @@ OPTIONS = {
         "metavar": "CHECKPOINT",
         "help": "go on with an interrupted run from its last.pt, with its options; those given anew win",
     },
-    "image_size": {"type": number(int, 32, 512), "metavar": "PX", "help": "side of the input, pixels"},
+    "image_size": {
+        "type": number(int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        "metavar": "PX",
+        "help": "side of the input, pixels",
+    },
     "epochs": {"type": _COUNT, "metavar": "N", "help": "passes over the data"},
     "batch_size": {"type": _COUNT, "metavar": "N", "help": "images a step"},
     "lr": {"type": _NOT_NEGATIVE, "metavar": "X", "help": "peak learning rate of AdamW"},

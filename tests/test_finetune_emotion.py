@@ -179,6 +179,34 @@ def test_an_interrupted_search_goes_on_where_it_was(photos_dir):
     assert sum(record["reason"] is None for record in records) == 4
 
 
+@pytest.mark.parametrize("crop", ["../victim", "/victim", "linked/victim", "a\0b"])
+def test_an_index_that_names_a_file_elsewhere_is_refused_and_nothing_deleted(tmp_path, photos_dir, crop):
+    faces_dir, victim = tmp_path / "faces", tmp_path / "victim"
+    victim.write_text("precious")
+    faces_dir.mkdir()
+    (faces_dir / "linked").symlink_to(tmp_path)
+    crop = str(victim) if crop == "/victim" else crop
+    record = {"photo": "gone.jpg", "label": "angry", "crop": crop, "reason": "no face"}
+    (faces_dir / "index.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=f"leads out of {faces_dir}"):
+        cut(photos_dir, shared.FaceFinder())
+    assert victim.read_text() == "precious"
+
+
+def test_lines_of_the_index_that_are_no_records_count_for_nothing(photos_dir):
+    faces_dir = photos_dir.parent / "faces"
+    cut(photos_dir, CountingFinder())
+    index = (faces_dir / "index.jsonl").read_text()
+    record = json.loads(index.splitlines()[0])
+    wrong = [{**record, "blur": "much"}, {**record, "reason": "none"}, {"photo": 1}, [], 7, None]
+    lines = ["[" * 100_000, *map(json.dumps, wrong), *index.splitlines()[1:], '{"photo": "happy/0.jp']
+    (faces_dir / "index.jsonl").write_text("\n".join(lines))
+    again = CountingFinder()
+    cut(photos_dir, again)
+    assert again.seen == 1
+    assert sorted((faces_dir / "index.jsonl").read_text().splitlines()) == sorted(index.splitlines())
+
+
 def test_of_several_faces_the_largest_is_cut_if_asked(photos_dir):
     by_photo = {record["photo"]: record for record in cut(photos_dir, shared.FaceFinder(), largest_face=True)}
     with Image.open(photos_dir / "angry" / "four_faces.jpg") as image:
@@ -197,6 +225,12 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
     with pytest.raises(SystemExit) as stop:
         finetune_emotion.main(options)
     assert f"no images in {photos_dir / 'happy'}" in stop.value.code
+
+
+@pytest.mark.parametrize("folder", ["run", "faces"])
+def test_a_second_run_into_a_folder_stops_and_names_the_first(tmp_path, options, folder):
+    with shared.only_run_in(tmp_path / folder), pytest.raises(SystemExit, match=f"{folder} is in use by "):
+        finetune_emotion.main(options)
 
 
 def test_photos_without_faces_are_one_line(tmp_path, options):
@@ -305,7 +339,7 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
         seen = net(shared.normalize_faces(data.fer.images, 32)).softmax(1)
     assert data.fer.targets.allclose(seen, atol=1e-5)
     targets = [targets for _, targets in data.train(1)]
-    assert [len(part) for part in targets] == [6, 6, 3]  # FER's last batch of an epoch is a small one
+    assert [len(part) for part in targets] == [6, 7, 4]  # of FER's 5 the last joins the batch before it
     for part, num_photos in zip(targets, (4, 4, 2), strict=True):
         assert part[:num_photos].equal(torch.tensor([[1.0, 0.0]] * num_photos))
         assert (torch.cdist(part[num_photos:], seen).amin(1) < 1e-4).all()
@@ -359,10 +393,24 @@ def test_corrections_are_checked(tmp_path):
     path.write_text('\ufeffpath,label\r\n"angry/a, b.jpg",happy\r\nangry/c.jpg,\r\n', encoding="utf-8")
     assert finetune_emotion.read_corrections(path, CLASSES) == {"angry/a, b.jpg": "happy", "angry/c.jpg": ""}
     path.write_text("path,label\nangry/a.jpg,hapy\n")
-    with pytest.raises(ValueError, match="the label 'hapy', expected empty or angry, happy"):
+    with pytest.raises(
+        ValueError, match=f"{path} is not .*, line 2: it has the label 'hapy', expected empty or"
+    ):
         finetune_emotion.read_corrections(path, CLASSES)
-    path.write_text("angry/a.jpg;happy\n")
-    with pytest.raises(ValueError, match="no columns path and label"):
+    for content, words in {
+        "angry/a.jpg;happy\n": "line 1: it lacks label, path",
+        "path,label\nangry/a.jpg,happy\n../a.jpg,happy\n": r"line 3: '\.\./a\.jpg' leads out of",
+        "path,label\n/etc/passwd,happy\n": "line 2: '/etc/passwd' leads out of",
+        "path,label\na\0.jpg,happy\n": "is of an unknown kind, not text",
+        "\n<html>": "is a web page",
+        f"path,label\n{'x' * 10**6},happy\n": "field larger than field limit",
+        "path,label\nangry/a.jpg\n": "line 2: it has more or fewer columns than the first",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            finetune_emotion.read_corrections(path, CLASSES)
+    path.write_bytes("path,label\nü.jpg,happy\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="it is not in UTF-8"):
         finetune_emotion.read_corrections(path, CLASSES)
     with pytest.raises(FileNotFoundError):
         finetune_emotion.read_corrections(tmp_path / "none.csv", CLASSES)

@@ -1,6 +1,8 @@
 import json
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,15 @@ def test_a_full_disk_is_one_line_and_leaves_a_loadable_checkpoint(tmp_path, opti
     )
     assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == 1
     assert not (tmp_path / "run" / "last.pt").exists()
+    last = shutil.copy(tmp_path / "whole" / "last.pt", tmp_path / "run")
+    before = Path(last).read_bytes()
+    resume = ["--resume", last, "--out-dir", str(tmp_path / "run"), "--epochs", "5"]
+    with (
+        file_size_limit(sum(sizes) // 2),
+        pytest.raises(SystemExit, match="the former one is kept; free some"),
+    ):
+        finetune_fer.main(resume)
+    assert Path(last).read_bytes() == before
 
 
 def test_a_run_does_not_write_over_another(tmp_path, options):
@@ -106,6 +117,14 @@ def test_a_run_does_not_write_over_another(tmp_path, options):
         finetune_fer.main([*options, "--out-dir", str(out_dir)])
     assert "holds another run" in stop.value.code
     assert (out_dir / "last.pt").read_text() == "precious"
+
+
+def test_a_second_run_into_the_folder_stops_and_names_the_first(tmp_path, options):
+    with shared.only_run_in(tmp_path / "run"), pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert stop.value.code.startswith(f"error: {tmp_path / 'run'} is in use by ")
+    assert f"(process {os.getpid()})" in stop.value.code
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, options):
@@ -184,6 +203,17 @@ def test_votes_that_lack_a_face_are_a_mistake(tmp_path, fer_dir, options):
         finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
     assert "has no votes for" in stop.value.code
     assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [("many", "line 3: could not"), ("-1", "line 3: row 1 has votes"), ("nan", "line 3: row 1 has votes")],
+)
+def test_votes_that_are_no_numbers_are_refused_with_their_row(tmp_path, cell, words):
+    path = tmp_path / "votes.csv"
+    path.write_text(f"row,happy,sad\n0,1,2\n1,{cell},2\n")
+    with pytest.raises(ValueError, match=f"{path} is not .*, {words}"):
+        finetune_fer.load_votes(path, [Path("00000.png")], ["happy", "sad"])
 
 
 def test_mix_targets_weighs_votes_and_falls_back_on_the_label():

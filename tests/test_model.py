@@ -1,6 +1,11 @@
+import io
+import itertools
+import math
 import os
+import pickle
 import re
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import file_size_limit, write_checkpoint
 from PIL import Image
-from tiny_resnet import ARCH, REAL_ARCHS
+from tiny_resnet import ARCH, FEATURES, REAL_ARCHS
 
 import model as shared
 
@@ -259,18 +264,53 @@ def test_load_images_cuts_the_middle_square(tmp_path):
     image.paste((255, 0, 0), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
     image.resize((120, 40)).save(tmp_path / "b.png")
-    images = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
+    images, _ = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
     assert images.shape == (2, 3, 20, 20)
     assert images.dtype == torch.uint8
     assert (images[0] == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
-    assert shared.load_images([tmp_path / "a.png"], "L", 10).shape == (1, 1, 10, 10)
+    assert shared.load_images([tmp_path / "a.png"], "L", 10)[0].shape == (1, 1, 10, 10)
 
 
-def test_load_images_names_a_file_that_is_no_image(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"b\.png is not an image that Pillow can read"):
-        shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "L")
+def test_load_images_names_and_leaves_out_a_few_that_are_not_readable(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(100)]
+    for i, path in enumerate(paths):
+        Image.new("L", (9, 9), i).save(path)
+    paths[0].write_text("<html>")
+    images, kept = shared.load_images(paths, "L")
+    assert kept == paths[1:]
+    assert images[:, 0, 0, 0].tolist() == list(range(1, 100))
+    *names, count = capsys.readouterr().err.splitlines()
+    assert names == [f"left out: {paths[0]} is not an image that Pillow can read; convert it to JPEG or PNG"]
+    assert count == "1 of 100 images are not readable and left out"
+    paths[1].write_text("<html>")
+    with pytest.raises(ValueError, match=f"2 of 100 images .*remove or replace them: {paths[0]}"):
+        shared.load_images(paths, "L")
+
+
+def test_load_images_sees_what_detection_sees(tmp_path):
+    """16 bits are scaled, EXIF is obeyed, palettes and transparency are white where nothing is."""
+    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((deep // 257).astype(np.uint8)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    clear.quantize().save(tmp_path / "palette.png")
+    paths = [tmp_path / name for name in ("deep.png", "turned.jpg", "clear.png", "palette.png")]
+    images, _ = shared.load_images(paths, "L", 64)
+    for path, image in zip(paths, images[:, 0].numpy(), strict=True):
+        np.testing.assert_allclose(image, np.asarray(shared.open_picture(path, "L")), atol=1)
+    means = images.float().mean((1, 2, 3))
+    assert means[:2].sub(127.5).abs().max() < 2
+    assert means[2:].tolist() == [255, 255]
+    assert images[1, 0, :, 0].float().mean() > images[1, 0, :, -1].float().mean()  # it was dark above
+
+
+def test_split_batches_leaves_no_batch_of_one():
+    assert [len(part) for part in shared.split_batches(torch.arange(9), 4)] == [4, 5]
+    assert [len(part) for part in shared.split_batches(torch.arange(10), 4)] == [4, 4, 2]
+    assert [len(part) for part in shared.split_batches(torch.arange(1), 4)] == [1]
 
 
 def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
@@ -429,13 +469,107 @@ def test_load_checkpoint_refuses_with_one_line(tmp_path, gray_checkpoint):
         shared.load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="has stage 'gray', expected 'fer' or 'emotion'"):
         shared.load_checkpoint(gray_checkpoint, stages=("fer", "emotion"))
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
+
+
+class Code:
+    """Its pickle touches a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch PWNED",)
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(entries, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+STATE = {"conv1.weight": torch.ones(9)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><title>Virus scan warning</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is HDF5, as Keras"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(99), "is ONNX"),
+        (b"\x10\0\0\0\0\0\0\0" + b'{"fc.bias": {}}', "is safetensors"),
+        (b"just words", "is text"),
+        (zipped({"model.weights.h5": ""}), "is a model of Keras"),
+        (zipped({"net/constants.pkl": "", "net/data.pkl": ""}), "is a TorchScript program"),
+        (zipped({"a.txt": ""}), "is a zip archive"),
+        (saved(STATE), "is a state dict, as torchvision's, weights alone (conv1.weight"),
+        (saved(STATE, _use_new_zipfile_serialization=False), "is a state dict"),
+        (saved({"state_dict": STATE, "epoch": 3}), "of another program, with state_dict, epoch"),
+        (saved([1, 2]), "is a list"),
+        (saved({"format": 2}), "is one of format 2"),
+        (saved(STATE)[:-200], "is cut off or damaged"),
+        (saved(Code()), "is a pickle with code in it (posix system), which is not run"),
+        (saved(Code(), _use_new_zipfile_serialization=False), "is a pickle with code in it (posix system)"),
+        (pickle.dumps(Code()), "is a pickle of Python"),
+        (saved({"w": torch.zeros(1).expand(10**12)}), "tensors say that they are larger than the file"),
+        (
+            zipped({"a/data.pkl": b"\x80\x02(" + b"]" * 10**7 + b"l."}, zipfile.ZIP_DEFLATED),
+            "holds more than",
+        ),
+        (zipped({"a/data.pkl": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."}), "code in it"),
+    ],
+    ids=itertools.count(),
+)
+def test_load_checkpoint_says_what_a_strangers_file_is_and_runs_nothing(
+    tmp_path, monkeypatch, content, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a checkpoint of this toolkit, format 1: it ") as error:
         shared.load_checkpoint(tmp_path / "foreign.pt")
-    (tmp_path / "half.pt").write_bytes(gray_checkpoint.read_bytes()[: gray_checkpoint.stat().st_size // 2])
-    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
-        shared.load_checkpoint(tmp_path / "half.pt")
-    assert "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0, expected 0.01 to 100"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": "warm"}, "temperature warm"),
+        ({"image_size": 10**9}, "image_size 1000000000, expected 32 to 512"),
+        ({"image_size": 64.5}, "image_size 64.5"),
+        ({"crop_margin": math.inf}, "crop_margin inf"),
+        ({"classes": ["../happy", "sad"]}, "a class of the name '../happy'"),
+        ({"classes": ["happy\x1b[2J", "sad"]}, "a class of the name 'happy\\x1b[2J'"),
+        ({"classes": ["sad", "sad"]}, "two classes of one name"),
+        ({"classes": 2}, "classes that are no list"),
+        ({"arch": "resnet101"}, "the architecture 'resnet101'"),
+        ({"model": [1]}, "no weights"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.nan])}}, "weights that are not finite, in fc.bias"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.inf])}}, "weights that are not finite"),
+        ({"model": {"bn1.running_var": torch.tensor([-1.0])}}, "weights that are not finite"),
+    ],
+)
+def test_load_checkpoint_refuses_values_of_no_use(tmp_path, gray_checkpoint, changes, words):
+    torch.save({**torch.load(gray_checkpoint, weights_only=True), **changes}, tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match="train one") as error:
+        shared.load_checkpoint(tmp_path / "changed.pt")
+    assert words in str(error.value)
+
+
+def test_save_json_writes_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        shared.save_json(tmp_path / "a.json", {"acc": math.nan})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
@@ -504,6 +638,16 @@ def test_predict_is_one_answer_a_face_whatever_the_batch(finder, classifier, sam
     assert np.allclose(probs.sum(1), 1, atol=1e-5)
     assert np.allclose(classifier.predict(image, boxes[2:3]), probs[2:3], atol=0.01)  # bfloat16 on some CPUs
     assert classifier.predict(image, boxes[:0]).shape == (0, 5)
+
+
+def test_weights_too_large_for_a_probability_are_one_line(tmp_path, load_networks_anew):
+    path = write_checkpoint(tmp_path / "huge.pt", shared.gray_resnet(ARCH, 2), ("happy", "sad"))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["layer4.0.bn2.bias"] = torch.full((FEATURES,), 1e30)
+    checkpoint["model"]["fc.weight"] = torch.full((2, FEATURES), 1e30)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="so large that it gives no probabilities"):
+        shared.Classifier(path, "cpu").predict_crops([Image.new("L", (48, 48), "white")])
 
 
 # --- command line ---
