@@ -14,6 +14,7 @@ brings is only weakly labelled, and its copyright stays with its owners: look at
 Usage:
     python download_data.py emotions --limit 100
     python download_data.py imagenet --engine openverse --limit 5
+    python download_data.py emotions --engine commons --target 200
     python download_data.py emotions --engine urls --list manifest.jsonl --out-dir data/rebuilt
     python download_data.py emotions --remove https://example.org/me.jpg
 
@@ -73,9 +74,8 @@ if TYPE_CHECKING:
     from urllib3.connection import HTTPConnection
     from urllib3.util import Url
 
-    Ask = Callable[
-        [str, dict], dict | None
-    ]  # (url, fields) -> what a public API answers; None: it has no more
+    # (url, fields) -> what a public API answers; None: it has no more
+    Ask = Callable[[str, dict], dict | None]
     SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
@@ -369,8 +369,7 @@ def read_retry_after(response: HTTPResponse) -> float:
     from urllib3.exceptions import InvalidHeader
 
     with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or one that cannot be
-        if response.status in Retry.RETRY_AFTER_STATUS_CODES:
-            return Retry().get_retry_after(response) or 0
+        return Retry().get_retry_after(response) or 0
     return 0
 
 
@@ -490,23 +489,26 @@ def check_label(label: object) -> str:
     is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
     if not is_name or len(name.encode()) > MAX_LABEL_BYTES or DEVICE.fullmatch(name):
         raise ValueError(
-            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes or less"
+            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes at most, and no "
+            "name of a device"
         )
     return name
+
+
+def check_texts(*values: object) -> None:
+    """Raise ValueError if one of some values is no text."""
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("not a text")
 
 
 def read_result(fields: dict) -> Result:
     """Return the Result that a line of JSON describes; raises ValueError or TypeError if it does not."""
     result = Result(**fields)
-    "".join(
-        (result.url, result.page, result.title, result.license, result.sha256)
-    ).encode()  # fails if no texts
-    if result.face_box:
-        left, top, right, bottom = result.face_box
-    if not result.url or (
-        result.face_box and not (-1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6)
-    ):
-        raise ValueError("no URL, or no box")
+    check_texts(result.url, result.page, result.title, result.license, result.sha256)
+    left, top, right, bottom = result.face_box or (0, 0, 0, 0)
+    is_box = -1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6
+    if not is_box or not result.url.encode():
+        raise ValueError("no box, or no URL")
     return result
 
 
@@ -575,18 +577,19 @@ class DataSet:
                 self.barred.add(mark)
             return
         key = record["engine"], check_label(record["label"]), record["query"]
+        check_texts(*key, record.get("detail", ""), record.get("copy_of", ""))
         if record["status"] == "searched":
             if not isinstance(record["asked"], int):
-                raise ValueError("no number")
+                raise ValueError("not a number")
             for fields in record["results"]:
                 read_result(fields)
             self.searches[key] = record
             return
-        is_kept = record["status"] == "kept"
-        url = read_result({name: record[name] for name in (Result._fields if is_kept else FOUND)}).url
-        if is_kept:
+        fields = {name: record[name] for name in Result._fields if name in record}
+        url, sha256 = read_result(fields).url, record.get("sha256", "")
+        if record["status"] == "kept":
             self.copies.add(record)
-            if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
+            if not re.fullmatch(rf"{key[1]}/{sha256[:16]}\.\w+", record["file"]):
                 raise ValueError("not where a picture of this label belongs")
             self.kept[key[1]].append(record)
         elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
@@ -1057,11 +1060,10 @@ class Google:
             for docid in [docid for docid in self.tiles | self.records if docid not in found]:
                 found.add(docid)
                 yield self._resolve(docid)
-            is_more = self._grow()
+            is_more = self._grow(len(found))
 
-    def _grow(self) -> bool:
-        """Scroll to the page's end, press "More results" if it is there; return whether that brings more."""
-        count = len(self.tiles | self.records)
+    def _grow(self, count: int) -> bool:
+        """Scroll to the page's end, press "More results" if it is there; return whether over `count` are known."""
         self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
         if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
             return False
@@ -1088,14 +1090,19 @@ class Google:
         """Click on the first visible control that fits, or is called one of some words; return whether."""
         return self.driver.execute_script(CLICK, selector, words)
 
-    def _reach_results(self) -> str:
-        """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
+    def _refuse_cookies(self) -> None:
+        """Answer with no if the browser shows the question."""
         if self._state() == "consent":
             wait_until(lambda: self._click(REJECT_COOKIES), GROW_WAIT_S)
             wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
+
+    def _reach_results(self) -> str:
+        """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
+        self._refuse_cookies()
         if self._state() == "captcha" and self.is_watched:
             print("solve the captcha in the browser's window, the search then goes on", file=sys.stderr)
-            wait_until(lambda: self._state() in ("results", "empty"), SOLVE_WAIT_S)
+            wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
+            self._refuse_cookies()
         if self._state() == "empty":  # or not complete yet
             wait_until(lambda: self._state() != "empty", GROW_WAIT_S)
         state = self._state()
@@ -1128,10 +1135,11 @@ class Google:
             return self.records[docid]
         tile = self.tiles[docid]
         fields = dict(parse_qsl(urlsplit(tile["link"]).query))  # /imgres?imgurl=...&imgrefurl=...
+        title = to_text(tile["title"])
         if "imgurl" in fields:
-            return Result(fields["imgurl"], fields.get("imgrefurl", ""), tile["title"])
+            return Result(fields["imgurl"], fields.get("imgrefurl", ""), title)
         if tile["thumbnail"].startswith("http"):
-            return Result(tile["thumbnail"], tile["page"], tile["title"], is_thumbnail=True)
+            return Result(tile["thumbnail"], tile["page"], title, is_thumbnail=True)
         return None
 
 
@@ -1212,7 +1220,9 @@ def search_api(
         except (ValueError, RecursionError):
             trouble = "what it sends is no JSON"
         if trouble:
-            raise ValueError(f"{name} does not answer ({trouble}); run the command again later to go on")
+            raise ValueError(
+                f"{name} does not answer ({str(trouble)[:200]}); run the command again later to go on"
+            )
         if answer == last:  # it repeats itself
             return None
         last = answer
@@ -1245,7 +1255,7 @@ def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[R
             if "No results" in str(error):
                 return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
-        results = [Result(*(to_text(item.get(name)) for name in ("image", "url", "title"))) for item in found]
+        results = [Result(*(to_text(row.get(name)) for name in ("image", "url", "title"))) for row in found]
         if not {result.url for result in results} - urls:
             return
         urls |= {result.url for result in results}
@@ -1324,7 +1334,6 @@ def open_engine(
 
 
 # --- report ---
-
 
 PER_SHEET = 100  # pictures
 
@@ -1409,11 +1418,15 @@ def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
 
 def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
     """Take a picture out, draw its contact sheets anew, and print what is left to do."""
+    labels = list(dataset.kept)
     files = dataset.remove(sha_or_url)
-    for path in files:
-        print(f"removed {path}; if finetune_emotion.py has cut its face, delete that too: {path.name}.png")
-    print(f"{len(files)} files removed; they are barred from {dataset.folder} from now on")
-    for label in {path.parent.name for path in files}:
+    lines = [
+        f"removed {path}; if finetune_emotion.py has cut its face, delete that too: {path.name}.png"
+        for path in files
+    ]
+    lines.append(f"{len(files)} files removed; what was found is barred from {dataset.folder} from now on")
+    print(*map(shared.printable, lines), sep="\n")
+    for label in labels:
         draw_contact_sheets(dataset, label)
 
 
@@ -1489,6 +1502,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
     filter_help += f"without it type={kind}"
     delay_help = "seconds between two requests to a search engine"
+    private_help = "download from private and local addresses too, or have a proxy look up the names"
     workers_help = f"downloads at a time, {PER_HOST} from one host"
     shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
@@ -1504,7 +1518,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     add("--workers", type=positive, default=8, metavar="N", help=workers_help)
     add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help="seconds for a download")
     add("--retries", type=natural, default=2, metavar="N", help="further tries if a server does not answer")
-    add("--allow-private", action="store_true", help="download from private and local addresses too")
+    add("--allow-private", action="store_true", help=private_help)
     add("--contact", metavar="TEXT", help="your mail address or page, for servers; Wikimedia asks for it")
     add("--headful", action="store_true", help="show the browser, so that a captcha can be solved in it")
     add("--profile", type=Path, metavar="DIR", help="keep the browser's cookies there; without it nowhere")
