@@ -489,8 +489,8 @@ def check_label(label: object) -> str:
     is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
     if not is_name or len(name.encode()) > MAX_LABEL_BYTES or DEVICE.fullmatch(name):
         raise ValueError(
-            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes at most, and no "
-            "name of a device"
+            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes at most, "
+            "and no name of a device"
         )
     return name
 
@@ -577,7 +577,7 @@ class DataSet:
                 self.barred.add(mark)
             return
         key = record["engine"], check_label(record["label"]), record["query"]
-        check_texts(*key, record.get("detail", ""), record.get("copy_of", ""))
+        check_texts(*key, record.get("copy_of", ""))
         if record["status"] == "searched":
             if not isinstance(record["asked"], int):
                 raise ValueError("not a number")
@@ -594,6 +594,8 @@ class DataSet:
             self.kept[key[1]].append(record)
         elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
             raise ValueError("no outcome")
+        else:
+            check_texts(record["detail"])
         self.outcomes[*key, url] = record
         if record["status"] != "failed":
             self.by_url.setdefault(url, record)
@@ -1063,7 +1065,7 @@ class Google:
             is_more = self._grow(len(found))
 
     def _grow(self, count: int) -> bool:
-        """Scroll to the page's end, press "More results" if it is there; return whether over `count` are known."""
+        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
         self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
         if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
             return False
