@@ -39,7 +39,6 @@ import importlib.util
 import ipaddress
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -1173,7 +1172,8 @@ def search_openverse(text: str, ask: Ask) -> Iterator[list[dict]]:
         if answer is None or not answer["results"]:
             return
         yield answer["results"]
-        if page >= (answer.get("page_count") or math.inf):
+        num_pages = answer.get("page_count")
+        if isinstance(num_pages, int) and page >= num_pages:
             return
 
 
@@ -1191,11 +1191,11 @@ def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
     batch, go_on = {}, {}
     while go_on is not None and (answer := ask(COMMONS, fields | go_on)) is not None:
         for page in (answer.get("query") or {}).get("pages") or []:
-            key = (page or {}).get("pageid", f"none {len(batch)}")
-            batch.setdefault(key, {}).update(page or {})  # answers may bring parts
+            part = page if isinstance(page, dict) else {}  # a batch may come in several answers
+            batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield sorted(batch.values(), key=lambda page: page.get("index") or 0)  # by relevance
+            yield sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # by relevance
             batch = {}
 
 
