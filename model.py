@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -433,7 +434,10 @@ CACHED = re.compile(r"(pnet|rnet|onet|classifier)-[0-9a-f]{16}(\.bin)?")  # .bin
 
 def cache_dir() -> Path:
     """Return the folder for what can be made again; see the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
+    except RuntimeError:  # the user has no home; nothing can be kept below a device
+        return Path(os.devnull) / "emotion-detector"
 
 
 def from_pixels(network: nn.Module, mean: float, std: float) -> nn.Module:
@@ -463,7 +467,8 @@ class Engine:
     """A network ready to run: compiled by OpenVINO for a CPU, else as it is by torch.
 
     What OpenVINO converts and compiles is kept in the user's cache folder, for converting takes seconds. What
-    is kept there is good for one set of weights and versions; what is missing or damaged is made again.
+    is kept there is good for one set of weights and versions; what is missing, damaged, or in reach of other
+    users is made again.
     Not to be called by two threads at once.
 
     Attributes:
@@ -540,6 +545,7 @@ def _openvino_engine(
 
     def compile_kept() -> tuple[openvino.CompiledModel, dict]:
         path = folder / "network.xml"
+        _check_private(folder.parent, folder, *folder.iterdir())
         notes = json.loads(core.read_model(path).get_rt_info("emotion_detector").value)
         if notes["digest"] != digest:
             raise RuntimeError("the kept network is another one")
@@ -547,7 +553,7 @@ def _openvino_engine(
 
     try:
         compiled, notes = compile_kept()
-    except (RuntimeError, ValueError, LookupError):  # not there, or damaged
+    except (OSError, RuntimeError, ValueError, LookupError):  # not there, damaged, or in reach of others
         blueprint = build()
         notes = {**blueprint.notes, "digest": digest}
         model = _convert(blueprint, any_size)
@@ -555,7 +561,12 @@ def _openvino_engine(
         try:
             _keep(model, folder)
             compiled, notes = compile_kept()
-        except (OSError, RuntimeError):  # where nothing can be kept, it is made again each time
+            for path in folder.iterdir():
+                path.chmod(0o600)
+        except (OSError, RuntimeError) as error:
+            _report_unkept(
+                folder.parent, getattr(error, "strerror", None) or "OpenVINO cannot write or read it"
+            )
             compiled = core.compile_model(model, "CPU", options)
     with contextlib.suppress(OSError):
         os.utime(folder)  # it is in use
@@ -565,6 +576,25 @@ def _openvino_engine(
         return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
 
     return infer, notes
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file or folder, not a link in its place, belongs to this user."""
+    return os.name != "posix" or path.lstat().st_uid == os.getuid()
+
+
+def _check_private(*paths: Path) -> None:
+    """Raise PermissionError if other users could have written one of some files or folders."""
+    for path in paths:
+        if not _is_own(path) or (os.name == "posix" and path.stat().st_mode & 0o022):
+            raise PermissionError(errno.EPERM, "other users can write there")
+
+
+@functools.cache  # once for all networks
+def _report_unkept(folder: Path, reason: str) -> None:
+    """Print that each start will take its time."""
+    line = f"networks cannot be kept in {folder} ({reason}), so each start takes some seconds more"
+    print(printable(line), file=sys.stderr)
 
 
 def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F821
@@ -584,9 +614,14 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
     """Put a converted network into the cache, all of it or nothing, and take out what is long unused."""
     import openvino
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_own(folder.parent):
+        folder.parent.chmod(0o700)
+    _check_private(folder.parent)
     with temporary_folder(folder.parent) as temporary:
         openvino.save_model(model, temporary / "network.xml", compress_to_fp16=False)
+        for path in temporary.iterdir():
+            path.chmod(0o600)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     for other in folder.parent.iterdir():
