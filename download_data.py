@@ -638,7 +638,8 @@ class DataSet:
         """Write down what a search has brought beside what it brought before; return its new record."""
         found = [{name: value for name, value in result._asdict().items() if value} for result in results]
         progress = {"asked": asked, "exhausted": is_exhausted, "results": search["results"] + found}
-        return self._append_to_journal({"status": "searched", **search, **progress})
+        noted = {"status": "searched", **search, **progress}
+        return search if noted == search else self._append_to_journal(noted)
 
     def pending(self, search: dict) -> list[Result]:
         """Return the results of a search that are not settled yet."""
@@ -868,20 +869,23 @@ GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
 # What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
-# Cookies are refused in the dialog over the results, or on a page of its own: of its forms, for each answer
-# one, by the hidden fields, which are the same in all languages.
-REJECT_COOKIES = (
-    '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"]):not(:has([name="set_sc"]))'
+# Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
+# fields are the same in all languages; the words are for the day when they change.
+REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
+REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"])'
+REJECT_WORDS = (
+    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
 )
-REJECT_COOKIES += ' :is(button, [type="submit"])'
+REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
 CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
+# Further results are asked for at the page's end, in ways that have changed with the years.
 MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
 MORE_WORDS = (
     "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
-    "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer resultaten"
-    "( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|もっと見る|結果をもっと見る|더보기|更多结果|"
-    "更多結果|(показать )?(ещё|больше) результат(ы|ов)"
 )
+MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
+MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
+MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -920,9 +924,10 @@ LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
 }})), (window.keptBodies || []).splice(0)]"""
 IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
 CLICK = f"""const [selector, words] = arguments, called = new RegExp(`^(${{words}})$`, 'i');
-const control = [...document.querySelectorAll(`${{selector}}, button, [role=button], [type=button], a`)].find(
+const controls = `${{selector}}, button, a, [role=button], [type=button], [type=submit]`;
+const control = [...document.querySelectorAll(controls)].find(
   (found) => found.checkVisibility() && !found.closest('{TILE}') && (found.matches(selector) ||
-    words && called.test((found.ariaLabel || found.value || found.textContent).trim())));
+    called.test((found.ariaLabel || found.value || found.textContent).trim())));
 control?.click();
 return Boolean(control);"""
 CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
@@ -1009,10 +1014,11 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEEP_BODIES})
             yield driver
         except SessionNotCreatedException as error:
-            reason = " ".join(error.msg.partition("\nStacktrace")[0].split())
-            raise ValueError(
-                f"{browser} does not start ({reason}); it and {driver_path} must be of one version"
-            ) from None
+            reason = " ".join(error.msg.partition("; For documentation")[0].split())
+            remedy = "--headful needs a screen" if headful else "see whether it starts by hand"
+            if "only supports" in reason:
+                remedy = f"install it and {driver_path} in one version"
+            raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
             raise ValueError(
@@ -1087,14 +1093,14 @@ class Google:
         """Return whether an element of the page that fits is visible."""
         return self.driver.execute_script(IS_VISIBLE, selector)
 
-    def _click(self, selector: str, words: str = "") -> bool:
-        """Click on the first visible control that fits, or is called one of some words; return whether."""
+    def _click(self, selector: str, words: str) -> bool:
+        """Click on the first visible control that fits or bears some words; return whether there is one."""
         return self.driver.execute_script(CLICK, selector, words)
 
     def _refuse_cookies(self) -> None:
         """Answer with no if the browser shows the question."""
         if self._state() == "consent":
-            wait_until(lambda: self._click(REJECT_COOKIES), GROW_WAIT_S)
+            wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
             wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
 
     def _reach_results(self) -> str:
@@ -1414,7 +1420,8 @@ def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
         if record.get("reason") == "two labels" and record["label"] in labels
     ]
     lines += format_table(dataset, labels)
-    lines.append(f"pictures in {dataset.folder}, contact sheets to look at in {dataset.sheets}")
+    sheets = f", contact sheets to look at in {dataset.sheets}" if dataset.sheets.exists() else ""
+    lines.append(f"pictures in {dataset.folder}{sheets}")
     print(*map(shared.printable, lines), sep="\n")
 
 

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -188,7 +189,7 @@ def test_a_browser_and_a_driver_of_different_versions_are_named(google, out_dir,
         imagenet(out_dir, "--labels", "tench")
     assert "\n" not in stop.value.code
     assert "only supports Chrome version 114 Current browser version is 156.0.8078.108" in stop.value.code
-    assert stop.value.code.endswith("must be of one version")
+    assert stop.value.code.endswith("in one version")
 
 
 OTHER_DRIVER = """
@@ -255,6 +256,41 @@ def test_somebody_who_watches_can_solve_the_captcha(google):
         watched = download_data.Google(driver, {}, is_watched=True)
         results = list(watched.search(download_data.Query("tench", "tench", 10)))
     assert [result.url for result in results] == [google.original("tench", n) for n in range(10)]
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """Start a virtual screen, and make it the one to be used."""
+    if not shutil.which("Xvfb"):
+        pytest.skip("no Xvfb, on which a window can open; apt-get install xvfb")
+    read_end, write_end = os.pipe()
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write_end)], pass_fds=[write_end], stderr=subprocess.DEVNULL
+    ) as server:
+        os.close(write_end)
+        with os.fdopen(read_end) as file:
+            monkeypatch.setenv("DISPLAY", f":{file.readline().strip()}")
+        yield
+        server.terminate()
+
+
+@pytest.mark.slow
+def test_a_visible_browser_waits_until_somebody_has_solved_the_captcha(screen, google, out_dir, capsys):
+    google.consent, google.captcha_after, google.solved_after_s = "page", 0, 3
+    imagenet(out_dir, "--headful", "--labels", "tench", "--limit", "3")
+    assert "solve the captcha in the browser's window" in capsys.readouterr().err
+    assert len(records(out_dir, "kept")) == 3
+
+
+@pytest.mark.slow
+def test_a_visible_browser_without_a_screen_is_one_line(google, out_dir, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--headful", "--labels", "tench")
+    assert "\n" not in stop.value.code
+    assert "does not start" in stop.value.code
+    assert "--headful needs a screen" in stop.value.code
 
 
 @pytest.mark.slow
@@ -1067,6 +1103,14 @@ def test_a_line_that_breaks_off_is_dropped_but_a_damaged_one_is_named(pictures, 
     with pytest.raises(SystemExit) as stop:
         imagenet(out_dir, *listed)
     assert stop.value.code == f"error: {manifest}, line 1 is no record of this script; delete that line"
+
+
+def test_a_run_that_finds_nothing_new_writes_nothing(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+    imagenet(out_dir, *listed)
+    written = (out_dir / "manifest.jsonl").read_bytes()
+    imagenet(out_dir, *listed)
+    assert (out_dir / "manifest.jsonl").read_bytes() == written
 
 
 def test_a_picture_deleted_by_hand_stays_away(pictures, out_dir, tmp_path):
