@@ -1015,9 +1015,11 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             yield driver
         except SessionNotCreatedException as error:
             reason = " ".join(error.msg.partition("; For documentation")[0].split())
-            remedy = "--headful needs a screen" if headful else "see whether it starts by hand"
-            if "only supports" in reason:
-                remedy = f"install it and {driver_path} in one version"
+            remedy = (
+                f"{driver_path} and it must be of one version"
+                if "only supports" in reason
+                else "try it by hand"
+            )
             raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
@@ -1303,12 +1305,15 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
     return results
 
 
-def check_engine(name: str, filters: dict[str, str]) -> None:
-    """Raise ValueError if an engine lacks a package, or does not know its filters."""
+def check_engine(name: str, filters: dict[str, str], headful: bool) -> None:
+    """Raise ValueError if an engine lacks a package or a screen, or does not know its filters."""
     if name in ("duckduckgo", "bing") and not importlib.util.find_spec("ddgs"):
         raise ValueError(f"--engine {name} needs the package ddgs; pip install ddgs")
     if name == "google":
         google_url("", filters)
+        has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if headful and sys.platform == "linux" and not has_screen:  # Chromium would try for a minute
+            raise ValueError("there is no screen for --headful; go without it, see --help")
 
 
 @contextlib.contextmanager
@@ -1583,7 +1588,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         queries = choose_labels(queries, args.labels)
     labels = list(dict.fromkeys(query.label for query in queries))
     filters = {"type": args.kind, **dict(args.filter or [])}
-    check_engine(args.engine, filters)
+    check_engine(args.engine, filters, args.headful)
     downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
     with contextlib.ExitStack() as stack:
         stack.enter_context(shared.only_run_in(args.out_dir))
