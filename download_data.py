@@ -70,7 +70,6 @@ if TYPE_CHECKING:
 
     from selenium.webdriver import Chrome
     from urllib3 import HTTPResponse
-    from urllib3.connection import HTTPConnection
     from urllib3.util import Url
 
     # (url, fields) -> what a public API answers; None: it has no more
@@ -98,6 +97,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 add
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
 
 PER_HOST = 2  # downloads at a time from one host; chosen here, browsers take six
+PORTS = {"http": 80, "https": 443}
 MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
 BACKOFF_S = 1.0  # before the first retry; doubles from one to the next
@@ -301,9 +301,7 @@ class Downloader:
             if wait_s > MAX_REST_S or self._is_closed.wait(wait_s):
                 raise Refusal(BUSY, f"{url.host} asks for {wait_s:.0f} s of rest")
             try:
-                with self._connected(url) as (client, target):
-                    client.request("GET", target, headers=dict(request.header_items()), preload_content=False)
-                    response = client.getresponse()
+                with self._asked(url, dict(request.header_items())) as response:
                     cookies.extract_cookies(response, request)
                     if rest_s := read_retry_after(response):
                         self._rests[url.host] = time.monotonic() + rest_s
@@ -319,30 +317,33 @@ class Downloader:
                 raise Refusal(UNREACHABLE, detail) from None
 
     @contextlib.contextmanager
-    def _connected(self, url: Url) -> Iterator[tuple[HTTPConnection, str]]:
-        """Connect to a URL's host, or its proxy; yield the connection and what to ask it for."""
+    def _asked(self, url: Url, headers: dict[str, str]) -> Iterator[HTTPResponse]:
+        """Connect to a URL's host, or its proxy, and ask for it; yield the answer, its body not read yet."""
         from urllib3.connection import HTTPConnection, HTTPSConnection
         from urllib3.util import make_headers
 
         end = time.monotonic() + self.timeout_s
-        host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
+        host, port, target = url.host.strip("[]"), url.port or PORTS[url.scheme], url.request_uri
         proxy = None if proxy_bypass(url.netloc) else self._proxies.get(url.scheme)
         if not (proxy and self.allow_private):  # else only the proxy need know the host
             addresses = resolve(host, port, self.allow_private)
-        login = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy and proxy.auth else {}
         if url.scheme == "https":
             client = HTTPSConnection(host, port, timeout=self.timeout_s, ssl_context=self._tls)
-            if proxy:
-                client.set_tunnel(host, port, headers=login)
         else:
             client = HTTPConnection(host, port, timeout=self.timeout_s)
         if proxy:
-            port = proxy.port or 80
+            login = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else {}
+            if url.scheme == "https":
+                client.set_tunnel(host, port, headers=login)
+            else:
+                headers, target = headers | login, url.url
+            port = proxy.port or PORTS["http"]
             addresses = resolve(proxy.host.strip("[]"), port, allow_private=True)
         with connect(addresses, port, self.timeout_s) as connection, contextlib.closing(client):
             client._new_conn = lambda: connection  # as urllib3's own contrib.socks brings its socket in
             with self._watched(connection.dup(), end):  # TLS takes the socket away, but not its double
-                yield client, url.url if proxy and url.scheme == "http" else url.request_uri
+                client.request("GET", target, headers=headers, preload_content=False)
+                yield client.getresponse()
 
     @contextlib.contextmanager
     def _watched(self, connection: socket.socket, end: float) -> Iterator[None]:

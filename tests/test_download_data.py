@@ -663,7 +663,10 @@ def test_a_time_to_wait_that_makes_no_sense_is_passed_over(value, out_dir, tmp_p
 
 
 def serve_proxy(handler):
-    """Pass a GET or a CONNECT on to this machine, whatever host it names."""
+    """Pass a GET or a CONNECT on to this machine, whatever host it names, but not without the password."""
+    if handler.headers["Proxy-Authorization"] != "Basic dXNlcjpwYXNzOg==":  # user:pass:
+        handler.answer(b"", status=407)
+        return
     port = urlsplit(f"//{handler.path}" if handler.command == "CONNECT" else handler.path).port
     with socket.create_connection(("127.0.0.1", port)) as target:
         if handler.command == "CONNECT":
@@ -693,21 +696,27 @@ def proxy(monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     with serve(serve_proxy) as server:
-        monkeypatch.setenv("http_proxy", server.url("").replace("//", "//user:pass%3A@"))
-        monkeypatch.setenv("https_proxy", server.url(""))
+        for name in "http_proxy", "https_proxy":
+            monkeypatch.setenv(name, server.url("").replace("//", "//user:pass%3A@"))
         yield server
 
 
 def test_pictures_come_through_the_proxies_of_the_environment(
     proxy, pictures, out_dir, tmp_path, monkeypatch
 ):
+    def respond(handler):
+        seen.append(handler.headers["Proxy-Authorization"])
+        serve_pictures(handler)
+
+    seen = []
     monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
-    with serve(serve_pictures, tls=True) as secure:
+    with serve(respond, tls=True) as secure:
         plain = pictures.url("/photo?n=1", host="pictures.example")  # a name that only the proxy knows
         urls = [plain, secure.url("/photo?n=2", host="localhost")]
         imagenet(out_dir, *write_list(tmp_path / "list", *(("tench", url) for url in urls)))
         assert proxy.hits == {plain: 1, f"localhost:{secure.server_port}": 1}
     assert [record["url"] for record in records(out_dir, "kept")] == urls
+    assert seen == [None]  # the password is not for the site
 
 
 def test_no_proxy_names_what_is_asked_directly(proxy, pictures, out_dir, tmp_path, monkeypatch):
