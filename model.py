@@ -31,6 +31,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickletools
@@ -2040,12 +2041,13 @@ class Classifier:
 
 
 def _ready_streams() -> None:
-    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    """Let stdout take names that its encoding lacks, stand in for closed streams, and quiet a package."""
     if sys.stdout is None:  # writing fails, as it does for other programs
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stdout.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 
 def _flush_stdout() -> None:
