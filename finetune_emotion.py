@@ -130,7 +130,7 @@ def cut_photos(
     for photo in known.keys() - paths:
         (faces_dir / known.pop(photo)["crop"]).unlink(missing_ok=True)
     wanted = shared.spread(list(paths), limit)
-    with index_path.open("a", encoding="utf-8") as index:
+    with index_path.open("ab", buffering=0) as index:
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
@@ -144,8 +144,10 @@ def cut_photos(
             else:
                 crop_path.unlink(missing_ok=True)
             known[photo] = record | found
-            index.write(json.dumps(known[photo]) + "\n")
-            index.flush()
+            try:
+                index.write(f"\n{json.dumps(known[photo])}\n".encode())  # the line before may be cut short
+            except OSError as error:
+                raise OSError(f"cannot write {index_path}: {error.strerror}") from None
     with shared.replacing(index_path) as temporary:
         temporary.write_text(
             "".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8"
@@ -473,7 +475,7 @@ def write_review(
     with shared.replacing(path) as temporary:
         page = REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
         temporary.write_text(page, encoding="utf-8")
-    print(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}")
+    print(shared.printable(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}"))
 
 
 # --- before and after ---
@@ -531,7 +533,7 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
-    print(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}")
+    print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -596,7 +598,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             names = ", ".join(unreadable[: shared.MAX_NAMED])
             print(shared.printable(f"not readable: {names}"), file=sys.stderr)
         if corrections:
-            print(f"{len(corrections)} corrections in {corrections_path}")
+            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         faces = load_labelled(
             records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
         )
@@ -654,7 +656,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
         results["after"] = judge_sets(trained, sets, best["temperature"], classes)
         report_change(results, classes, args.out_dir)
-        print(f"best epoch {best['epoch']}; wrote {best_path}")
+        print(shared.printable(f"best epoch {best['epoch']}; wrote {best_path}"))
 
 
 if __name__ == "__main__":

@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_table({args.stem_init: before, "distilled": best})
         panels = {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]}
         shared.plot_history(history, panels, args.out_dir / "curves.png")
-        print(f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}")
+        line = f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}"
+        print(shared.printable(line))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickletools
@@ -1407,7 +1408,8 @@ def report(
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
     plotreliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
-    print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
+    path = printable(out_dir / f"{split}.json")
+    print(f"wrote {path}, {split}_confusion.png and {split}_reliability.png")
 
 
 def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
@@ -1560,6 +1562,8 @@ def _foreign(path: Path) -> str:
         claimed = sum(entry.file_size for entry in entries)  # torch.save packs nothing
         if claimed > path.stat().st_size or pickles[0].file_size > MAX_PICKLE_BYTES:
             return "a zip archive that says that it holds more than a checkpoint does"
+        if archive.testzip():  # it compares checksums, which torch.load does not
+            raise zipfile.BadZipFile
         return _code_in(io.BytesIO(archive.read(pickles[0])))
 
 
@@ -1601,16 +1605,21 @@ def _foreign_content(content: object) -> str:
     return f"one of another program, with {', '.join(names[:5])}"
 
 
-def _check_values(checkpoint: dict) -> None:
-    """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
-    classes, arch = checkpoint["classes"], checkpoint["arch"]
+def check_classes(classes: object) -> None:
+    """Raise ValueError, with what is wrong, if these are no names of classes, which name folders too."""
     if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes that are no list of names")
-    for name in classes:  # they name folders too
+    for name in classes:
         if not re.fullmatch(r"[^/\\]{1,100}", name) or name in {".", ".."} or printable(name) != name:
             raise ValueError(f"a class of the name {name[:50]!r}")
     if len(set(classes)) < len(classes):
         raise ValueError("two classes of one name")
+
+
+def _check_values(checkpoint: dict) -> None:
+    """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
+    arch = checkpoint["arch"]
+    check_classes(checkpoint["classes"])
     if arch not in ARCHS:
         raise ValueError(f"the architecture {str(arch)[:20]!r}, expected one of {', '.join(ARCHS)}")
     for name, kinds, low, high in (
@@ -1731,10 +1740,11 @@ class Run:
 
         Raises:
             ValueError: the folder holds another run, and this is not its resumption; or it lacks the best
-                checkpoint of the run to resume.
+                checkpoint of the run to resume; or a class has a name that no checkpoint may have.
         """
         import torch
 
+        check_classes(self.classes)
         last, best = self.out_dir / "last.pt", self.out_dir / self.best_name
         if is_resumed and not best.exists():
             raise ValueError(f"{best} is not there, the best epoch so far; put it back, or train anew")
@@ -1750,8 +1760,8 @@ class Run:
         for name, text in data.items():
             print(f"{name}: {text}")
         print(f"parameters: {trained:,} of {sum(size for size, _ in sizes):,} learn")
-        print("config: " + " ".join(f"{key}={value}" for key, value in self.config.items()))
-        print(f"if it stops, go on with --resume {last}, written after every epoch", flush=True)
+        print(printable("config: " + " ".join(f"{key}={value}" for key, value in self.config.items())))
+        print(printable(f"if it stops, go on with --resume {last}, written after every epoch"), flush=True)
 
     def save_best(self, net: nn.Module, history: list[dict]) -> None:
         """Write the best checkpoint: the head keeps the rows of `kept`."""
@@ -1878,10 +1888,16 @@ def fit(
     history = []
     if resume:
         history = resume["history"]
-        optimizer.load_state_dict(resume["optimizer"])
-        net.load_state_dict(resume["model"])
-        if averaged:
-            averaged.load_state_dict(resume["averaged"])
+        try:
+            net.load_state_dict(resume["model"])
+            optimizer.load_state_dict(resume["optimizer"])
+            if averaged:
+                averaged.load_state_dict(resume["averaged"])
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(
+                "the run to resume had another network, other parts that learn, or no averages; "
+                "leave --arch, --unfreeze and --ema as they were"
+            ) from None
     for epoch in range(len(history) + 1, epochs + 1):
         train_mode(net)
         start, seen, total_loss = time.perf_counter(), 0, 0.0
@@ -2025,12 +2041,13 @@ class Classifier:
 
 
 def _ready_streams() -> None:
-    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    """Let stdout take names that its encoding lacks, stand in for closed streams, and quiet a package."""
     if sys.stdout is None:  # writing fails, as it does for other programs
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     sys.stdout.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 
 def _flush_stdout() -> None:
@@ -2189,7 +2206,7 @@ def parse_with_resume(
     if not args.resume:
         return args, None
     resumed = load_checkpoint(args.resume, stages=(stage,))
-    if "optimizer" not in resumed:
+    if not all(isinstance(resumed.get(name), dict) for name in ("optimizer", "config")):
         raise ValueError(
             f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )

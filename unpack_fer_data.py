@@ -277,7 +277,7 @@ def read_manifest(out_dir: Path) -> dict:
         return {}
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         manifest = json.loads(path.read_bytes())
-        numbers = {"rows": 0, "bad_rows": 0, "dropped": {}} | manifest
+        numbers = manifest if manifest["complete"] else {"rows": 0, "bad_rows": 0, "dropped": {}}
         has_numbers = numbers["rows"] >= numbers["bad_rows"] >= 0 and isinstance(numbers["dropped"], dict)
         if manifest["format"] == MANIFEST_FORMAT and isinstance(manifest["source"], dict) and has_numbers:
             return manifest
@@ -347,7 +347,8 @@ def unpack(
         votes = read_votes(ferplus) if ferplus else None
         check_folder(out_dir, source, overwrite)
         if "usage" not in columns:
-            print(f"{path} has no column Usage: all its rows go to train", file=sys.stderr)
+            line = f"{path} has no column Usage: all its rows go to train"
+            print(shared.printable(line), file=sys.stderr)
         with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar:
             for number, row in read_rows(file, columns, source["limit"]):
                 bar.update(raw.tell() - bar.n)
@@ -362,7 +363,7 @@ def unpack(
                     written[row.index] = out_dir / row.split / row.emotion / f"{row.index:05d}.png"
                     write_png(written[row.index], staging, row.image)
         if num_bad > MAX_REPORTED:
-            print(f"{path}: {num_bad - MAX_REPORTED} more such lines", file=sys.stderr)
+            print(shared.printable(f"{path}: {num_bad - MAX_REPORTED} more such lines"), file=sys.stderr)
         rows = pd.DataFrame(found, columns=["row", "split", "emotion", "digest"]).set_index("row")
         if ferplus:
             votes = match_votes(votes, rows, len(rows) + num_bad, is_whole=source["limit"] is None)
@@ -425,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_done = not args.overwrite and manifest == manifest | finished | count_images(args.out_dir)
     is_done &= not args.ferplus or (args.out_dir / "votes.csv").exists()
     if is_done:
-        print(f"{args.out_dir} is complete already", file=sys.stderr)
+        print(shared.printable(f"{args.out_dir} is complete already"), file=sys.stderr)
         check_rows(args.csv, manifest, args.max_bad)
     else:
         options = {"ferplus": args.ferplus, "overwrite": args.overwrite, "max_bad": args.max_bad}
@@ -442,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = pd.DataFrame(manifest["counts"]).T[source["emotions"]].rename_axis(columns="split")
     table["total"] = table.sum(axis="columns")
     print(table.to_string(col_space=dict.fromkeys(table, 10)))
-    print(f"images in {args.out_dir}")
+    print(shared.printable(f"images in {args.out_dir}"))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,21 @@ def test_a_run_does_not_write_over_another(tmp_path, options):
     assert (out_dir / "last.pt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("changed", [["--ema", "0.5"], ["--unfreeze", "fc"]])
+def test_resuming_with_other_weights_is_a_mistake(tmp_path, options, changed):
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--epochs", "1", "--ema", "0"])
+    with pytest.raises(SystemExit, match="leave --arch, --unfreeze and --ema as they were"):
+        finetune_fer.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2", *changed])
+
+
+def test_a_folder_whose_name_no_class_may_have_is_refused_before_training(tmp_path, fer_dir, options):
+    make_faces(fer_dir / "train", 3, ("so\x1b[31mred",))
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert "a class of the name 'so\\x1b[31mred'" in stop.value.code
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_run_into_the_folder_stops_and_names_the_first(tmp_path, options):
     with shared.only_run_in(tmp_path / "run"), pytest.raises(SystemExit) as stop:
         finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])

@@ -514,6 +514,7 @@ STATE = {"conv1.weight": torch.ones(9)}
         (saved([1, 2]), "is a list"),
         (saved({"format": 2}), "is one of format 2"),
         (saved(STATE)[:-200], "is cut off or damaged"),
+        (saved({"w": torch.ones(9)}).replace(b"\0\0\x80?" * 9, b"\0\0\x80@" * 9), "is cut off or damaged"),
         (saved(Code()), "is a pickle with code in it (posix system), which is not run"),
         (saved(Code(), _use_new_zipfile_serialization=False), "is a pickle with code in it (posix system)"),
         (pickle.dumps(Code()), "is a pickle of Python"),
