@@ -603,10 +603,13 @@ class DataSet:
     def _append_to_journal(self, record: dict) -> dict:
         """Write a record down, with the time, and remember it; return it."""
         record = {**record, "time": timestamp()}
-        with self.journal.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.journal.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"cannot write {self.journal}: {error.strerror}") from None
         self._take_in(record)
         return record
 

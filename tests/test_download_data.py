@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
-from conftest import NO_BROWSER
+from conftest import NO_BROWSER, file_size_limit
 from image_server import (
     CERTIFICATE,
     CONSENT_WORDS,
@@ -1113,6 +1113,15 @@ def test_a_line_that_breaks_off_is_dropped_but_a_damaged_one_is_named(pictures, 
     with pytest.raises(SystemExit) as stop:
         imagenet(out_dir, *listed)
     assert stop.value.code == f"error: {manifest}, line 1 is no record of this script; delete that line"
+
+
+def test_a_full_disk_is_named_and_the_next_run_goes_on(out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", f"ftp://a.example/{n}.jpg") for n in range(40)))
+    with file_size_limit(8000), pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *listed)
+    assert stop.value.code == f"error: cannot write {out_dir / 'manifest.jsonl'}: File too large"
+    imagenet(out_dir, *listed)
+    assert reasons(out_dir) == {"not allowed": 40}
 
 
 def test_a_run_that_finds_nothing_new_writes_nothing(pictures, out_dir, tmp_path):
