@@ -1228,9 +1228,10 @@ def search_api(
             answer = json.loads(downloader.get(f"{url}?{urlencode(fields)}", token=token))
             trouble = answer.get("error") or answer.get("errors") or answer.get("detail")
         except Refusal as refusal:
-            if last and refusal.reason == "http error":  # there are fewer pages than it said before
+            if last and refusal.detail in ("HTTP 400", "HTTP 404"):  # there are fewer pages than it said
                 return None
-            trouble = refusal.detail
+            is_key_wrong = token and refusal.detail == "HTTP 401"
+            trouble = refusal.detail + (", is OPENVERSE_TOKEN right?" if is_key_wrong else "")
         except (ValueError, RecursionError):
             trouble = "what it sends is no JSON"
         if trouble:

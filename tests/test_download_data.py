@@ -1444,6 +1444,16 @@ def test_openverse_gets_its_key_and_nobody_else_does(pictures, out_dir, monkeypa
     assert len(records(out_dir, "kept")) == 3
 
 
+def test_a_wrong_key_is_named(api, out_dir, monkeypatch):
+    def refuse(answer, number):
+        raise ConnectionError(401)
+
+    api("openverse", 60, refuse)
+    monkeypatch.setenv("OPENVERSE_TOKEN", "expired")
+    with pytest.raises(SystemExit, match=r"does not answer \(HTTP 401, is OPENVERSE_TOKEN right\?\)"):
+        imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
+
+
 @pytest.fixture
 def api(pictures, monkeypatch):
     """Return a function that starts an imitation of an API whose answers are changed."""
