@@ -266,7 +266,7 @@ BEGINNINGS = {
     b"BZh": "packed by bzip2",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
-    b"PK": "a zip archive",
+    b"PK\x03\x04": "a zip archive",
     b"\xff\xfe": "text in UTF-16, not in UTF-8",
     b"\xfe\xff": "text in UTF-16, not in UTF-8",
     b"\x89PNG": "a PNG picture",
@@ -290,11 +290,8 @@ def kind_of(head: bytes) -> str:
     for beginning, kind in BEGINNINGS.items():
         if head.startswith(beginning):
             return kind
-    if (
-        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
-        .lower()
-        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
-    ):
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "a web page"
     if head[257:262] == b"ustar":
         return "a tar archive"
@@ -1081,9 +1078,8 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tu
     errors = [result for result in results if isinstance(result, PictureError)]
     if len(errors) > MAX_UNREADABLE * len(paths):
         share = f"{len(errors)} of {len(paths)} images are not readable"
-        raise ValueError(
-            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
-        )
+        limit = f"expected {MAX_UNREADABLE:.0%} at most"
+        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
     for error in errors[:MAX_NAMED]:
         print(printable(f"left out: {error}"), file=sys.stderr)
     if errors:
@@ -1526,10 +1522,10 @@ def load_tensors(path: Path, expected: str) -> object:
     import torch
 
     size = path.stat().st_size
+    if size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"{path} has {size >> 20} MB, too many for {expected}")
     try:
-        what = (
-            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
-        )
+        what = _foreign(path)
         if not what:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
