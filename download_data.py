@@ -834,14 +834,17 @@ def work_off(
     search = dataset.searches.get(tuple(key.values()), {**key, "asked": 0, "results": []})
     known = {fields["url"] for fields in search["results"]}
 
+    def missing() -> int:
+        """Return how many pictures more to keep."""
+        return max(target - len(dataset.there(query.label)), 0) if target else sys.maxsize
+
     def wanted() -> int:
-        """Return how many results more to look at."""
-        if target:
-            return max(target - len(dataset.there(query.label)), 0)
-        return sys.maxsize if engine == "urls" else max(query.limit - len(known), 0)
+        """Return how many results more to ask for."""
+        number = sys.maxsize if engine == "urls" else query.limit - len(known)
+        return max(min(number, missing()), 0)
 
     pending = iter(dataset.pending(search))
-    while chunk := list(itertools.islice(pending, wanted() if target else None)):
+    while chunk := list(itertools.islice(pending, missing())):
         settle(search, chunk)
     is_done = search.get("exhausted") if target else search["asked"] >= query.limit
     if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
@@ -876,7 +879,7 @@ TILE = 'div[data-attrid="images universal"][data-docid]'
 # Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
 # fields are the same in all languages; the words are for the day when they change.
 REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
-REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"])'
+REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
 REJECT_WORDS = (
     "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
 )
@@ -1516,8 +1519,8 @@ def parse_filter(text: str) -> tuple[str, str]:
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
     """Add what both data sets understand, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
-    limit_help = f"results to look at for each query; without it {limit}, and all of a list"
-    target_help = "pictures to keep of each label: look at as many results of as many queries as that takes"
+    limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
+    target_help = "pictures to keep of each label: look at results of its queries until there are so many"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
     filter_help += f"without it type={kind}"
     delay_help = "seconds between two requests to a search engine"
@@ -1529,9 +1532,8 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     composed = functools.partial(unicodedata.normalize, "NFC")
     labels_help = "download only these; without it all there are"
     add("--labels", type=composed, nargs="+", metavar="LABEL", help=labels_help)
-    number = parser.add_mutually_exclusive_group().add_argument
-    number("--limit", type=positive, metavar="N", help=limit_help)
-    number("--target", type=positive, metavar="N", help=target_help)
+    add("--limit", type=positive, metavar="N", help=limit_help)
+    add("--target", type=positive, metavar="N", help=target_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
     add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
     add("--workers", type=positive, default=8, metavar="N", help=workers_help)
@@ -1585,9 +1587,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         queries = [Query(*key, args.limit or len(results)) for key, results in listed.items()]
     else:
         texts = read_emotions(args.emotions_file) if args.set == "emotions" else read_imagenet_labels()
-        limit, synonym_limit = args.limit or args.default_limit, args.synonym_limit
-        if args.target:
-            limit, synonym_limit = sys.maxsize, synonym_limit and sys.maxsize
+        limit = args.limit or (sys.maxsize if args.target else args.default_limit)
+        synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
         queries = list_queries(texts, limit, synonym_limit)
     if args.labels:
         queries = choose_labels(queries, args.labels)
@@ -1616,7 +1617,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             work_off(query, args.engine, start_engine, dataset, settle, target=args.target)
         for label in labels if args.target else ():
             kept = len(dataset.there(label))
-            state = "the target is reached" if kept >= args.target else "its searches are exhausted"
+            end = "at their --limit" if args.limit else "exhausted"
+            state = "the target is reached" if kept >= args.target else f"its searches are {end}"
             print(f"{label}: {kept} of {args.target} pictures, {state}")
 
 

@@ -1022,6 +1022,12 @@ def test_a_target_counts_what_is_kept_over_as_many_pages_as_that_takes(openverse
     assert sum(openverse.hits.values()) == asked
 
 
+def test_a_target_stops_at_the_limit_too(openverse, out_dir, capsys):
+    imagenet(out_dir, "--engine", "openverse", "--labels", "hen", "--target", "25", "--limit", "30")
+    assert len(files(out_dir)) == 20
+    assert "hen: 20 of 25 pictures, its searches are at their --limit\n" in capsys.readouterr().out
+
+
 def test_a_target_goes_on_to_the_next_query(pictures, out_dir, tmp_path, capsys):
     found = [("calm face", 1), ("calm face", 1), ("calm face", 2), ("poker face", 2), ("poker face", 3)]
     found += [("poker face", 4), ("poker face", 5)]
