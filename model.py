@@ -164,15 +164,17 @@ def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, i
 @functools.cache  # once a run is enough
 def _remove_strays(folder: Path) -> None:
     """Remove the temporary files and folders that a killed run left, and no process holds."""
-    for path in folder.iterdir() if fcntl else ():
-        if TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
-                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    os.close(descriptor)
+    strays = []
+    with contextlib.suppress(PermissionError):  # a folder that may be written into but not listed
+        strays = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    for path in strays if fcntl else ():
+        with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
