@@ -32,6 +32,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickletools
@@ -168,15 +169,17 @@ def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, i
 @functools.cache  # once a run is enough
 def _remove_strays(folder: Path) -> None:
     """Remove the temporary files and folders that a killed run left, and no process holds."""
-    for path in folder.iterdir() if fcntl else ():
-        if TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
-                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    os.close(descriptor)
+    strays = []
+    with contextlib.suppress(PermissionError):  # a folder that may be written into but not listed
+        strays = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    for path in strays if fcntl else ():
+        with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -270,7 +273,7 @@ BEGINNINGS = {
     b"BZh": "packed by bzip2",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
-    b"PK": "a zip archive",
+    b"PK\x03\x04": "a zip archive",
     b"\xff\xfe": "text in UTF-16, not in UTF-8",
     b"\xfe\xff": "text in UTF-16, not in UTF-8",
     b"\x89PNG": "a PNG picture",
@@ -294,11 +297,8 @@ def kind_of(head: bytes) -> str:
     for beginning, kind in BEGINNINGS.items():
         if head.startswith(beginning):
             return kind
-    if (
-        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
-        .lower()
-        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
-    ):
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "a web page"
     if head[257:262] == b"ustar":
         return "a tar archive"
@@ -1119,9 +1119,8 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tu
     errors = [result for result in results if isinstance(result, PictureError)]
     if len(errors) > MAX_UNREADABLE * len(paths):
         share = f"{len(errors)} of {len(paths)} images are not readable"
-        raise ValueError(
-            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
-        )
+        limit = f"expected {MAX_UNREADABLE:.0%} at most"
+        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
     for error in errors[:MAX_NAMED]:
         print(printable(f"left out: {error}"), file=sys.stderr)
     if errors:
@@ -1707,10 +1706,10 @@ def load_tensors(path: Path, expected: str) -> object:
     import torch
 
     size = path.stat().st_size
+    if size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"{path} has {size >> 20} MB, too many for {expected}")
     try:
-        what = (
-            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
-        )
+        what = _foreign(path)
         if not what:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
@@ -2467,12 +2466,14 @@ def read_faces(
 
 
 def _ready_streams() -> None:
-    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    """Let stdout take names that its encoding lacks, stand in for closed streams, and quiet a package."""
     if sys.stdout is None:  # writing fails, as it does for other programs
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another one
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 
 def _flush_stdout() -> None:
