@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
     import av
     import pandas as pd
-    import torch
 
     Font = ImageFont.FreeTypeFont
 
@@ -1325,7 +1324,7 @@ def label_video(
     return summary
 
 
-def load_classifier(path: Path, device: torch.device, emotions: Sequence[str]) -> shared.Classifier:
+def load_classifier(path: Path, device: str, emotions: Sequence[str]) -> shared.Classifier:
     """Read the model of --model, to tell --emotions apart.
 
     Raises:
@@ -1428,7 +1427,7 @@ def main(argv: list[str] | None = None) -> None:
     load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
-    device = shared.pick_device(args.device)
+    device = shared.find_device(args.device)
     finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
     classifier = load_classifier(args.model, device, args.emotions)
     colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})

@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import errno
 import functools
 import hashlib
@@ -468,7 +469,21 @@ class Blueprint(NamedTuple):
     notes: dict  # plain values that are kept with the network
 
 
-def pick_device(name: str | torch.device) -> torch.device:
+def find_device(name: str) -> str:
+    """Return the name of the device that `pick_device` picks, without the second that importing torch takes.
+
+    torch is asked only where a GPU's driver is: where OpenVINO runs networks on a CPU nothing else needs it.
+    """
+    driver = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    if name == "auto" and sys.platform != "darwin" and not Path("/dev/kfd").exists():  # Apple's GPU, AMD's
+        try:
+            ctypes.CDLL(driver)
+        except OSError:
+            return "cpu"
+    return name if name == "cpu" else str(pick_device(name))
+
+
+def pick_device(name: str) -> torch.device:
     """Return a device by its name; "auto" is the first that there is of cuda, mps and cpu.
 
     Raises:
@@ -476,8 +491,6 @@ def pick_device(name: str | torch.device) -> torch.device:
     """
     import torch
 
-    if not isinstance(name, str):
-        return name
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -2273,8 +2286,8 @@ class Classifier:
     def load(
         cls, path: Path | str, device: torch.device | str = "auto", emotions: Sequence[str] = ()
     ) -> Classifier:
-        """Read a checkpoint, see the constructor; `device` is as of `pick_device`."""
-        return cls(Path(path), pick_device(device), emotions)
+        """Read a checkpoint, see the constructor; `device` may be "auto" too, see `pick_device`."""
+        return cls(Path(path), find_device(device) if isinstance(device, str) else device, emotions)
 
     def _choose(self, emotions: Sequence[str]) -> None:
         """Set what depends on the classes to tell apart."""
