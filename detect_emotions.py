@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model as shared
@@ -206,12 +206,22 @@ def load_av() -> ModuleType:
     return av
 
 
+def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
+    """Mirror and turn an image by a display matrix (ISO/IEC 14496-12): x goes to (a, b), y to (c, d)."""
+    a, b, _, c, d, *_ = matrix
+    if a * d < b * c:
+        image, a, b = ImageOps.mirror(image), -a, -b
+    angle = -round(math.degrees(math.atan2(b, a)))
+    return image.rotate(angle, expand=angle % 90 == 0)
+
+
 class Video:
     """A video file.
 
     Attributes:
         rate: frames/s, the mean.
         num_frames: about how many there are, or None.
+        sample_aspect_ratio: of the upright frames' pixels, width by height; known with the first of them.
         lost: what could not be read of it, in words; complete once all frames were read.
     """
 
@@ -237,7 +247,7 @@ class Video:
         self.time_base = self._stream.time_base
         codec = self._stream.codec_context
         self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
-        self.sample_aspect_ratio = codec.sample_aspect_ratio
+        self.sample_aspect_ratio = self._stream.sample_aspect_ratio
         self._origin = self._stream.start_time or 0
         self._length = self._stream.duration and float(self._stream.duration * self.time_base)  # s
         if "DURATION" in self._stream.metadata:  # Matroska
@@ -261,9 +271,14 @@ class Video:
             if time <= last:
                 continue  # the timestamps are damaged, or it comes before what the file says is its start
             image = picture.to_image()
-            if picture.rotation:
-                image = image.rotate(picture.rotation, expand=True)
-            size = size or image.size
+            matrix = picture.side_data.get("DISPLAYMATRIX")
+            if matrix:
+                matrix = np.frombuffer(matrix, np.int32).tolist()
+                image = upright(image, matrix)
+            if size is None:
+                size = image.size
+                if matrix and abs(matrix[1]) > abs(matrix[0]) and self.sample_aspect_ratio:
+                    self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
             duration = (picture.duration or 0) * self.time_base or 1 / self.rate
             last, ends = time, time + duration
             yield Frame(0, time, duration, image if image.size == size else image.resize(size))
