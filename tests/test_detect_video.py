@@ -3,8 +3,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -74,10 +76,11 @@ def write_video(
     times=None,
     sound=None,
     aspect=None,
+    container=None,
     options=None,
 ):
     """Write images as a video, by default one each tick of `time_base`, and a tone as its sound."""
-    with av.open(str(path), "w", options=options or {}) as output:
+    with av.open(str(path), "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=RATE)
         stream.pix_fmt, stream.codec_context.time_base = pix_fmt, time_base
         tone = output.add_stream(sound, rate=44100, layout="mono") if sound else None
@@ -313,7 +316,274 @@ def test_video_without_a_face_is_a_result(run, tmp_path):
     assert len(read_video(tmp_path / "clip_emotions.mp4")[0]) == 5
 
 
+# --- sound in step with the picture ---
+
+
+def write_beeps(
+    path, starts=(0, 0), *, codec="libx264", sound="aac", rate=48000, layout="mono", keyframes=RATE
+):
+    """Write 3 s of picture and of sound from their `starts` on, s; each full second a flash and a beep."""
+    with av.open(str(path), "w") as output:
+        options = {"g": str(keyframes), "sc_threshold": "0"}  # no others where the picture changes
+        picture = output.add_stream(codec, rate=RATE, options=options)
+        picture.width, picture.height, picture.pix_fmt = 160, 120, "yuv420p"
+        tone = output.add_stream(sound, rate=rate, layout=layout)
+        first, num_samples = round(starts[0] * RATE), 1024
+        for i in range(first, first + 3 * RATE):
+            color = "white" if i % RATE < 3 else "black"
+            frame = av.VideoFrame.from_image(Image.new("RGB", (160, 120), color))
+            frame.pts, frame.time_base = i, Fraction(1, RATE)
+            output.mux(picture.encode(frame))
+        output.mux(picture.encode(None))
+        begin = round(starts[1] * rate)
+        for start in range(begin, begin + 3 * rate, num_samples):
+            seconds = np.arange(start, start + num_samples) / rate
+            is_loud = (seconds % 1 < 0.1) & (seconds < starts[1] + 3)
+            wave = (np.sin(2 * np.pi * 1000 * seconds) * is_loud).astype(np.float32)
+            channels = 1 if layout == "mono" else 2
+            frame = av.AudioFrame.from_ndarray(np.tile(wave, (channels, 1)), "fltp", layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            output.mux(tone.encode(frame))
+        output.mux(tone.encode(None))
+    return path
+
+
+@pytest.fixture
+def label(run):
+    """Label a video without a face; return the exit code and what there is on stderr beside that."""
+
+    def label(path, *options):
+        code, out, err = run(path, *options)
+        assert out == ""
+        return code, err.removeprefix(f"{path}: no face found\n")
+
+    return label
+
+
+def flashes_and_beeps(path):
+    """Return the times at which a video's flashes and beeps begin, s, from its time stamps and samples."""
+    with av.open(str(path)) as container:
+        lights = [
+            (frame.time, frame.to_ndarray(format="gray").mean() > 128) for frame in container.decode(video=0)
+        ]
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+    loud = [
+        frame.time + np.flatnonzero(np.abs(samples) > 0.3) / frame.sample_rate
+        for frame in frames
+        for samples in [
+            frame.to_ndarray().ravel()[:: 1 if frame.format.is_planar else frame.layout.nb_channels]
+        ]
+    ]
+    return tuple(
+        [float(after) for before, after in itertools.pairwise([-1, *times]) if after - before > 0.5]
+        for times in ([time for time, is_light in lights if is_light], np.concatenate(loud))
+    )
+
+
+CONTAINERS = {
+    ".ts": ("libx264", "aac"),
+    ".mpg": ("mpeg2video", "mp2"),
+    ".mov": ("libx264", "pcm_s16le"),
+    ".mkv": ("libx264", "libopus"),
+}
+
+
+@pytest.mark.parametrize("starts", [(1, 1), (1.52, 0), (0, 1.52)])
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_sound_keeps_its_distance_to_the_picture(label, tmp_path, suffix, starts):
+    codec, sound = CONTAINERS[suffix]
+    clip = write_beeps(tmp_path / f"clip{suffix}", starts, codec=codec, sound=sound)
+    assert label(clip) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    first, end = starts[0], starts[0] + 3
+    seconds = range(math.ceil(first), math.ceil(end))
+    assert flashes == pytest.approx([second - first for second in seconds], abs=0.01)
+    audible = [second - first for second in seconds if starts[1] <= second < starts[1] + 3]
+    assert [beep for beep in beeps if beep < 2.97] == pytest.approx(audible, abs=0.03)
+
+
+def test_cut_sound_keeps_its_distance_to_the_picture(label, tmp_path):
+    for codec, clip in (("aac", tmp_path / "clip.ts"), ("ac3", tmp_path / "clip.vob")):
+        write_beeps(clip, (1, 1), codec="mpeg2video", sound=codec)
+        assert label(clip, "--start", 0.5, "--end", 2.5) == (0, "")
+        flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+        assert flashes == pytest.approx([0.48, 1.48], abs=0.03)
+        assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "sound", "rate"),
+    [
+        (".avi", "pcm_s16le", 11_024),
+        (".mkv", "pcm_s16le", 11_127),
+        (".mkv", "flac", 192_000),
+        (".mkv", "pcm_s16le", 192_000),
+        (".mkv", "mp3", 8_000),
+    ],
+)
+def test_sound_of_any_rate_is_kept(label, tmp_path, suffix, sound, rate):
+    clip = write_beeps(tmp_path / f"clip{suffix}", codec="mpeg4", sound=sound, rate=rate)
+    assert label(clip) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1, 2], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_sound_whose_format_changes_is_kept(label, tmp_path):
+    parts = [
+        write_beeps(tmp_path / "a.ts", (0, 0), codec="mpeg2video", sound="mp2", rate=44100),
+        write_beeps(tmp_path / "b.ts", (3.4, 3.4), codec="mpeg2video", sound="mp2", layout="stereo"),
+    ]
+    clip = tmp_path / "clip.ts"
+    clip.write_bytes(b"".join(part.read_bytes() for part in parts))
+    label(clip)
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1, 2, 4, 5, 6], abs=0.05)  # muxers shift each part by up to a frame
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_sound_that_cannot_be_decoded_is_left_out_with_a_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"strf", data.index(b"auds")) + 8
+    data[start : start + 2] = b"\x99\x99"  # no codec has this number
+    clip.write_bytes(data)
+    message = "sound was left out: none of it can be decoded; the rest is labelled"
+    assert label(clip) == (1, f"error: {clip}: {message}\n")
+    assert read_video(tmp_path / "clip_emotions.mp4")[2] == ["h264"]
+
+
+def test_damaged_sound_does_not_stop_the_picture(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data, rng = np.frombuffer(clip.read_bytes(), np.uint8).copy(), np.random.default_rng(0)
+    places = rng.integers(188 * 10, len(data), 200)
+    places = places[places % 188 >= 4]  # the packets' headers stay
+    data[places] = rng.integers(0, 256, len(places))
+    clip.write_bytes(data.tobytes())
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    images, _, codecs = read_video(tmp_path / "clip_emotions.mp4")
+    assert len(images) > 60
+    assert codecs == ["h264", "aac"]
+
+
 # --- what goes wrong ---
+
+
+def test_late_first_keyframe_is_one_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data = clip.read_bytes()
+    clip.write_bytes(data[188 * (len(data) // 188 // 5) :])
+    code, err = label(clip)
+    assert code == 1
+    assert re.fullmatch(
+        rf"error: {clip}: what comes before 0\.\d s cannot be read; the rest is labelled\n", err
+    )
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_start_between_keyframes_loses_nothing(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", keyframes=250)
+    assert label(clip, "--start", 0.5) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0.48, 1.48], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_gap_is_one_line_and_leaves_all_in_step(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data, packets = clip.read_bytes(), clip.stat().st_size // 188
+    clip.write_bytes(data[: 188 * (packets * 4 // 10)] + data[188 * (packets * 6 // 10) :])
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert re.search(r"0\.\d s in between are missing; the rest is labelled", err)
+    before, after = flashes_and_beeps(clip), flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    for times, times_after in zip(before, after, strict=True):
+        assert times_after == pytest.approx([time - before[0][0] for time in times], abs=0.01)
+
+
+def test_videos_joined_end_to_end_go_on(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", codec="mpeg2video", sound="mp2")
+    clip.write_bytes(clip.read_bytes() * 2)
+    label(clip)
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx(range(6), abs=0.05)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_damaged_time_is_that_of_one_picture_only(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", codec="mpeg2video", sound="mp2")
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"\0\0\1\xe0", len(data) // 2)  # of a picture, see ISO/IEC 13818-1
+    data[start + 10] ^= 4  # of its time: 1.5 hours
+    clip.write_bytes(data)
+    assert label(clip)[0] == 0
+    _, times, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert times == pytest.approx([i / RATE for i in range(75)], abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["3.0 seconds", "-0:00:03.000000000", "00:10:03.000000000", "00:00:01.000000000", "99999999999:00:00"],
+)
+def test_duration_tag_is_only_a_hint(label, tmp_path, tag):
+    clip = write_beeps(tmp_path / "clip.mkv", (0.52, 0))
+    data = clip.read_bytes()
+    assert data.count(b"00:00:03.520000000") == 1
+    clip.write_bytes(data.replace(b"00:00:03.520000000", tag.encode().ljust(18, b"\0")))
+    assert label(clip) == (0, "")
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_lost_end_is_one_line(label, tmp_path, suffix):
+    clip = write_beeps(tmp_path / f"clip{suffix}", codec="mpeg4", sound="pcm_s16le")
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert " of 3.0 s, or its header is wrong; the rest is labelled" in err
+
+
+@pytest.mark.parametrize(("size", "codec"), [((100_000, 2), "ffv1"), ((6400, 6400), "mjpeg")])
+def test_frames_that_are_too_large_are_one_line(label, tmp_path, size, codec):
+    pix_fmt = "bgr0" if codec == "ffv1" else "yuvj420p"
+    clip = write_video(tmp_path / "clip.mkv", [Image.new("RGB", size)], codec=codec, pix_fmt=pix_fmt)
+    message = f"has frames of {size[0]}x{size[1]} pixels, which is too large; scale it down first"
+    assert label(clip) == (1, f"error: {clip} {message}\n")
+
+
+PLAYLISTS = {
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{}'\n",
+    "SDP": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {} RTP/AVP 96\n",
+    "DASH": "<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{}</BaseURL></MPD>",
+    "redirection": "[Reference]\nRef1={}\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_file_that_points_elsewhere_is_not_followed(label, tmp_path, kind):
+    other = write_beeps(tmp_path / "other.ts")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        for target in (other, f"http://127.0.0.1:{server.getsockname()[1]}/clip.ts"):
+            clip = tmp_path / "clip.mp4"
+            clip.write_text(PLAYLISTS[kind].format(target))
+            code, err = label(clip)
+            assert (code, len(err.splitlines())) == (1, 1)
+            assert err.startswith(f"error: {clip} is not a video that can be read: ")
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not list(tmp_path.glob("*_emotions*"))
+
+
+def test_picture_that_cannot_be_decoded_is_one_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
+    clip.write_bytes(clip.read_bytes().replace(b"FMP4", b"ZZZ9"))
+    message = "has a picture of a kind that FFmpeg cannot decode; convert it"
+    assert label(clip) == (1, f"error: {clip} {message}\n")
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
