@@ -57,14 +57,15 @@ if TYPE_CHECKING:
 
 # --- sources ---
 
-VIDEO_SUFFIXES = {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"}
-VIDEO_SUFFIXES |= {".3gp", ".ts", ".vob", ".webm", ".wmv"}
+VIDEO_SUFFIXES = {".avi", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
+VIDEO_SUFFIXES |= {".3g2", ".3gp", ".asf", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv"}
 # FFmpeg's names of formats that hold their own data. Others open what a file names (HLS, DASH, concat, SDP),
 # are no videos, or are seen in files of any kind.
 VIDEO_FORMATS = (
     "amv,asf,av1,avi,cavsvideo,dirac,dv,evc,flv,gxf,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,"
     "nsv,nut,obu,ogg,rm,vvc,wtv,yuv4mpegpipe"
 )
+PICTURE_BRANDS = shared.HEIC_BRANDS | {b"avif", b"avis"}  # FFmpeg would open these as MP4
 KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # copies of all others are PNGs
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
 
@@ -123,18 +124,35 @@ class Source(NamedTuple):
     is_named: bool = True  # on the command line, not found in a folder or by a pattern
 
 
+def source_kind(path: Path) -> str:
+    """Return whether a file is a "photo" or a "video", by its content; if that is neither, by its suffix."""
+    named = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "photo"
+    if not path.is_file():
+        return named
+    formats = [each for each in shared.FORMATS if named == "photo" or each != "TGA"]  # it has no signature
+    with suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=formats):
+        return "photo"
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        if named == "photo" and file.read(12)[8:12] not in PICTURE_BRANDS:
+            open_video(path).close()
+            return "video"
+    return named
+
+
 def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -> list[Source]:
     """List the photos and videos that the inputs name, each once: files, folders, patterns with * ? [].
 
     What this script made is left out of folders and patterns. A folder's subfolders return in `out_dir`.
 
     Raises:
-        ValueError: a folder or pattern has none.
+        ValueError: a folder or pattern has none, or an input is an address.
     """
     readable = shared.picture_suffixes() | VIDEO_SUFFIXES
     sources = {}
     for text in inputs:
         path, top, is_named = Path(text), None, False
+        if re.match(r"[\w+.-]+://", text) and not path.exists():
+            raise ValueError(f"{text} is an address; name a file, or label a stream with --camera ADDRESS")
         if path.is_dir():
             files, top = path.rglob("*") if recursive else path.iterdir(), path
         elif glob.has_magic(text) and not path.exists():
@@ -147,9 +165,8 @@ def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -
                 raise ValueError(f"{text} has no photos or videos; name files, or a folder with --recursive")
             files = [file for file in files if file.is_file() and not is_output(file)]
         for file in files:
-            kind = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
             below = file.parent.relative_to(top) if top else ""
-            source = Source(file, kind, out_dir / below if out_dir else file.parent, is_named)
+            source = Source(file, source_kind(file), out_dir / below if out_dir else file.parent, is_named)
             if is_named or file not in sources:
                 sources[file] = source
     return list(sources.values())

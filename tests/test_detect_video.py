@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -554,6 +555,29 @@ def test_frames_that_are_too_large_are_one_line(label, tmp_path, size, codec):
     assert label(clip) == (1, f"error: {clip} {message}\n")
 
 
+@pytest.mark.slow
+def test_pictures_of_100_000_frames_take_little_memory(start, tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    count, side = 100_000, 64
+    gif = b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + bytes(6)
+    gif += (b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2D\1\0") * count + b";"
+    png = bytearray(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)))
+    png += chunk(b"acTL", struct.pack(">II", count, 0))
+    pixels = zlib.compress(bytes((side + 1) * side))
+    for i in range(count):
+        png += chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(0, 2 * i - 1), side, side, 0, 0, 1, 25, 0, 0))
+        png += chunk(b"fdAT", struct.pack(">I", 2 * i) + pixels) if i else chunk(b"IDAT", pixels)
+    (tmp_path / "a.gif").write_bytes(gif)
+    (tmp_path / "b.png").write_bytes(png + chunk(b"IEND", b""))
+    measured = "import resource, detect_emotions as d; d.main({}); print(resource.getrusage(0).ru_maxrss)"
+    process = start("-c", measured.format([str(tmp_path), "--json"]))
+    *records, peak = process.communicate()[0].splitlines()
+    assert len(records) == 2
+    assert int(peak) < 1_500_000  # KiB on Linux
+
+
 PLAYLISTS = {
     "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n",
     "concat": "ffconcat version 1.0\nfile '{}'\n",
@@ -579,11 +603,29 @@ def test_file_that_points_elsewhere_is_not_followed(label, tmp_path, kind):
     assert not list(tmp_path.glob("*_emotions*"))
 
 
+@pytest.mark.parametrize(
+    "name", ["concat:other.ts|other.ts", "pipe:0", "file:other.ts", "http:other.ts", "a:b.mp4"]
+)
+def test_name_with_a_colon_is_that_of_a_file(label, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_beeps(tmp_path / "other.ts")
+    code, err = label(name)
+    assert code == 1
+    assert "No such file" in err
+    Path("other.ts").rename(name)
+    assert label(name) == (0, "")
+
+
 def test_picture_that_cannot_be_decoded_is_one_line(label, tmp_path):
     clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
     clip.write_bytes(clip.read_bytes().replace(b"FMP4", b"ZZZ9"))
     message = "has a picture of a kind that FFmpeg cannot decode; convert it"
     assert label(clip) == (1, f"error: {clip} {message}\n")
+
+
+def test_address_names_the_remedy(run):
+    message = "is an address; name a file, or label a stream with --camera ADDRESS"
+    assert run("http://127.0.0.1:9/clip.mp4") == (1, "", f"error: http://127.0.0.1:9/clip.mp4 {message}")
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
@@ -684,6 +726,35 @@ def test_recursive_looks_into_subfolders_and_returns_them(run, album, tmp_path):
     assert run(album, "--recursive", "--out-dir", tmp_path / "out")[0] == 0
     out = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert out == {"photo_emotions.png", "deeper/photo_emotions.png", *OUTPUTS}
+
+
+VIDEO_KINDS = {
+    ".vob": ("vob", "mpeg2video"),
+    ".mxf": ("mxf", "mpeg2video"),
+    ".f4v": ("f4v", "libx264"),
+    ".3g2": ("3g2", "libx264"),
+    ".m2v": ("mpeg2video", "mpeg2video"),
+    ".qt": ("mov", "libx264"),
+    ".jpg": ("mp4", "libx264"),
+    ".png": ("avi", "mpeg4"),
+}
+
+
+@pytest.mark.parametrize("suffix", VIDEO_KINDS)
+def test_video_is_one_whatever_its_suffix(run, moving, tmp_path, suffix):
+    container, codec = VIDEO_KINDS[suffix]
+    clip = write_video(tmp_path / f"clip{suffix}", moving(5), codec=codec, container=container)
+    for source in (clip, tmp_path):
+        code, out, err = run(source, "--overwrite")
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{clip}\t1 track, 0.2 s\t")
+    assert {path.name for path in tmp_path.iterdir()} == {clip.name, *OUTPUTS}
+
+
+def test_photo_is_one_whatever_its_suffix(run, astronaut, tmp_path):
+    astronaut.save(tmp_path / "photo.mp4", "PNG")
+    assert run(tmp_path)[::2] == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.mp4", "photo_emotions.png"}
 
 
 def test_patterns_find_files_where_the_shell_does_not(album):
