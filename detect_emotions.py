@@ -34,7 +34,7 @@ import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -1272,6 +1272,19 @@ def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
     return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
 
 
+@contextmanager
+def writing_outputs(name: str) -> Iterator[None]:
+    """Have errors name the input whose outputs are being written, not whichever of these was opened last."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, load_av().error.FFmpegError) as error:
+        if error.errno is None:  # it has its message
+            raise
+        raise OSError(f"cannot write the outputs of {name}: {error.strerror}") from None
+
+
 def label_video(
     video: Video | Camera,
     outputs: dict[str, Path],
@@ -1298,6 +1311,7 @@ def label_video(
     summary, drawn, writer = Summary(kit.classifier.classes), {}, None
     with ExitStack() as stack:
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
+        stack.enter_context(writing_outputs(video.name))
         file = parts.get("faces", Path(os.devnull)).open("w", newline="", encoding="utf-8")
         table = csv.writer(stack.enter_context(file))
         table.writerow(["frame", "time", "track", *face_columns(kit.classifier.classes)])

@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import file_size_limit
 from PIL import Image, ImageDraw
 
 import detect_emotions
@@ -626,6 +627,16 @@ def test_picture_that_cannot_be_decoded_is_one_line(label, tmp_path):
 def test_address_names_the_remedy(run):
     message = "is an address; name a file, or label a stream with --camera ADDRESS"
     assert run("http://127.0.0.1:9/clip.mp4") == (1, "", f"error: http://127.0.0.1:9/clip.mp4 {message}")
+
+
+def test_output_that_cannot_be_written_is_one_cause_and_one_path(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.mp4")
+    (tmp_path / OUTPUTS[3]).mkdir()
+    assert label(clip) == (1, f"error: cannot write {tmp_path / OUTPUTS[3]}: Is a directory\n")
+    (tmp_path / OUTPUTS[3]).rmdir()
+    with file_size_limit(1000):
+        assert label(clip) == (1, f"error: cannot write the outputs of {clip}: File too large\n")
+    assert list(tmp_path.iterdir()) == [clip]
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
