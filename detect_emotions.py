@@ -23,6 +23,7 @@ import argparse
 import csv
 import functools
 import glob
+import io
 import itertools
 import json
 import math
@@ -943,7 +944,6 @@ def draw_faces(
 ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
 MPEG_RANGE = 1  # FFmpeg's number for 16-235 as black to white
 COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
-MIN_MP3_RATE = 16_000  # in MP4
 AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by the number of channels
 NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
 NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose picture is kept to choose from
@@ -1115,6 +1115,18 @@ class Summary:
         figure.savefig(path, dpi=120, format="png")
 
 
+def fits_mp4(source: av.AudioStream) -> bool:
+    """Return whether a stream can be copied to MP4, which takes no MP3 below 16 kHz and nothing unknown."""
+    av = load_av()
+    try:
+        output = av.open(io.BytesIO(), "w", format="mp4")
+        output.add_stream_from_template(source)
+        output.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
 def read_sound(video: Video, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
     """Read a video's sound from `start` on, s by its file's clock, for a still empty `output`.
 
@@ -1131,8 +1143,7 @@ def read_sound(video: Video, output: av.container.OutputContainer, start: Fracti
             with suppress(av.error.FFmpegError):
                 container.seek(round((start - 2) * av.time_base))  # 2 s: sound may stand before its picture
         codec, last = source.codec_context, -math.inf
-        name = codec.codec.canonical_name if codec and codec.sample_rate else None
-        is_copied = name in COPIED_SOUND and (name != "mp3" or codec.sample_rate >= MIN_MP3_RATE)
+        is_copied = codec and codec.codec.canonical_name in COPIED_SOUND and fits_mp4(source)
         packets = demux(container, source, video.shifts)
         try:
             target = output.add_stream_from_template(source) if is_copied else None
