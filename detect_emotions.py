@@ -6,15 +6,13 @@ probabilities are smoothed over time; beside the labelled video stand a table of
 of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
 video, tab-separated, or JSON Lines.
 
-The parts stand in the order in which a picture passes through them: sources (what is to be labelled, and
-where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
+The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
+(where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
 videos, plots, the live window), main.
 
 Usage:
-    python detect_emotions.py resources/sample.jpg
-    python detect_emotions.py --out-dir labelled --csv labelled/faces.csv photos/*.jpg
-    python detect_emotions.py --recursive holiday
-    python detect_emotions.py --camera 0
+    python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
+    python detect_emotions.py holiday --recursive --out-dir runs/holiday --csv runs/holiday/faces.csv
 """
 
 from __future__ import annotations
@@ -23,17 +21,24 @@ import argparse
 import csv
 import functools
 import glob
+import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections import Counter, deque
+import unicodedata
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model as shared
@@ -68,6 +73,11 @@ VIDEO_FORMATS = (
 )
 PICTURE_BRANDS = shared.HEIC_BRANDS | {b"avif", b"avis"}  # FFmpeg would open these as MP4
 KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # copies of all others are PNGs
+# An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
+MARK = "Emotion detector, detect_emotions.py"
+TABLES = (b"file,face,", b"frame,time,track,", b"track,first,last,")
+MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
+OWN = "made by this program"  # of the reasons why a file is left out
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
 
 
@@ -125,10 +135,19 @@ class Source(NamedTuple):
     is_named: bool = True  # on the command line, not found in a folder or by a pattern
 
 
+def path_kind(path: Path) -> str | None:
+    """Return "file", "folder" or "device", pipes included; None if it is missing or may not be looked at."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "device"
+
+
 def source_kind(path: Path) -> str:
     """Return whether a file is a "photo" or a "video", by its content; if that is neither, by its suffix."""
     named = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "photo"
-    if not path.is_file():
+    if path_kind(path) != "file":
         return named
     formats = [each for each in shared.FORMATS if named == "photo" or each != "TGA"]  # it has no signature
     with suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=formats):
@@ -140,95 +159,229 @@ def source_kind(path: Path) -> str:
     return named
 
 
-def find_sources(inputs: Sequence[str], recursive: bool, out_dir: Path | None) -> list[Source]:
+def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path] | None:
+    """List the files of a folder or pattern, sorted; return None if the text is the name of one file.
+
+    Folders that are not looked into are counted in `left_out`.
+    """
+    path, files, errors = Path(text), [], []
+    if path_kind(path) == "folder":
+        for folder, subfolders, names in os.walk(path, onerror=errors.append):
+            files += [Path(folder, name) for name in names]
+            if not recursive:
+                left_out["subfolder (see --recursive)"] += len(subfolders)
+                break
+            left_out["linked folder"] += sum(Path(folder, name).is_symlink() for name in subfolders)
+        left_out["unreadable folder"] += len(errors)
+        return sorted(files)
+    if not glob.has_magic(text) or path_kind(path):
+        return None
+    base = next(folder for folder in path.parents if path_kind(folder))  # whose name may have brackets
+    pattern = str(path.relative_to(base))
+    if not glob.has_magic(pattern):
+        return None
+    return sorted(base / name for name in glob.glob(pattern, root_dir=base, recursive=True))  # noqa: PTH207
+
+
+def why_left_out(path: Path) -> str | None:
+    """Return why a file that was found in a folder is not to be labelled, None if it is."""
+    if path_kind(path) != "file":
+        return "not a regular file"
+    if path.name.startswith("._"):
+        return "side file of macOS"
+    if re.search("_emotions(_timeline|_tracks)?$", path.stem) and is_own(path):
+        return OWN
+    is_known = path.suffix.lower() in shared.picture_suffixes() | VIDEO_SUFFIXES
+    return None if is_known else "unknown suffix"
+
+
+def find_sources(
+    inputs: Sequence[str], recursive: bool, out_dir: Path | None, left_out: Counter[str]
+) -> list[Source]:
     """List the photos and videos that the inputs name, each once: files, folders, patterns with * ? [].
 
-    What this script made is left out of folders and patterns. A folder's subfolders return in `out_dir`.
+    A folder's subfolders return in `out_dir`. Other files of folders and patterns are counted in `left_out`.
 
     Raises:
-        ValueError: a folder or pattern has none, or an input is an address.
+        ValueError: a folder or pattern has none, or an input is no file.
     """
-    readable = shared.picture_suffixes() | VIDEO_SUFFIXES
     sources = {}
     for text in inputs:
-        path, top, is_named = Path(text), None, False
-        if re.match(r"[\w+.-]+://", text) and not path.exists():
+        path, reasons = Path(text), Counter()
+        kind = path_kind(path)
+        if kind is None and re.match(r"[\w+.-]+://", text):
             raise ValueError(f"{text} is an address; name a file, or label a stream with --camera ADDRESS")
-        if path.is_dir():
-            files, top = path.rglob("*") if recursive else path.iterdir(), path
-        elif glob.has_magic(text) and not path.exists():
-            files = map(Path, glob.glob(text, recursive=True))  # noqa: PTH207 (Path.glob wants a folder)
+        if kind == "device":
+            raise ValueError(f"{text} is a pipe or a device; save what it gives as a file")
+        files = list_files(text, recursive, reasons)
+        is_named = files is None
+        if is_named:
+            files = [path]
         else:
-            files, is_named = [path], True
-        if not is_named:
-            files = sorted(file for file in files if file.suffix.lower() in readable)
-            if not files:
-                raise ValueError(f"{text} has no photos or videos; name files, or a folder with --recursive")
-            files = [file for file in files if file.is_file() and not is_output(file)]
+            why = {file: why_left_out(file) for file in files}
+            reasons.update(filter(None, why.values()))
+            files = [file for file, reason in why.items() if not reason]
+            if not files and not reasons[OWN]:
+                others = f" ({in_words(reasons)})" if +reasons else ""
+                remedy = "name files, or a folder with --recursive"
+                raise ValueError(f"{text} has no photos or videos{others}; {remedy}")
+        left_out.update(reasons)
         for file in files:
-            below = file.parent.relative_to(top) if top else ""
+            below = file.parent.relative_to(path) if kind == "folder" else ""
             source = Source(file, source_kind(file), out_dir / below if out_dir else file.parent, is_named)
-            if is_named or file not in sources:
-                sources[file] = source
+            if is_named or real_path(file) not in sources:
+                sources[real_path(file)] = source
     return list(sources.values())
 
 
-def is_output(path: Path) -> bool:
-    """Return whether a file is named as this script names what it writes."""
-    return re.search("_emotions(_timeline)?$", path.stem) is not None
+def in_words(left_out: Counter[str]) -> str:
+    """Return why files were left out, and how many for each reason."""
+    return "left out: " + ", ".join(f"{reason} {count}" for reason, count in (+left_out).items())
 
 
-def name_outputs(source: Source, has_video: bool) -> dict[str, Path]:
+def real_path(path: Path) -> Path:
+    """Return where a file is, through links to its folders, but not through one that it is itself."""
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def is_own(path: Path) -> bool:
+    """Return whether a file says that this script wrote it: by MARK, or a table by its columns."""
+    if path_kind(path) != "file":
+        return False
+    with suppress(OSError), path.open("rb") as file:
+        near_end = max(0, path.stat().st_size - 2**16)
+        for start, length in ((0, 2**16), (near_end, 2**16), (0, MARKED_WITHIN)):
+            file.seek(start)
+            part = file.read(length)
+            if MARK.encode() in part or part.startswith(TABLES):
+                return True
+    return False
+
+
+# --- plan ---
+
+
+def name_outputs(source: Source, base: str, has_video: bool) -> dict[str, Path]:
     """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
     if source.folder is None:
         return {}
-    base = f"{source.path.stem}_emotions"
     if source.kind == "photo":
         is_kept = Image.registered_extensions().get(source.path.suffix.lower()) in KEPT_FORMATS
-        return {"copy": source.folder / (base + (source.path.suffix if is_kept else ".png"))}
+        return {"copy": source.folder / f"{base}_emotions{source.path.suffix if is_kept else '.png'}"}
     parts = ENDINGS if has_video else [part for part in ENDINGS if part != "video"]
-    return {part: source.folder / (base + ENDINGS[part]) for part in parts}
+    return {part: source.folder / f"{base}_emotions{ENDINGS[part]}" for part in parts}
+
+
+def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[str, Path]]:
+    """Name the outputs of all, x_emotions for x.png, or by more of its path where others would be that too.
+
+    a.gif and a.png of one folder become a.gif_emotions.png and a.png_emotions.png, b.png of two folders
+    one_b.png_emotions.png and two_b.png_emotions.png, whatever their order. Names that differ in case alone,
+    which are one file for many systems, get a digest of their path too.
+    """
+    bases = {source: source.path.stem for source in sources}
+    for has_digest in (False, True):
+        sharing = defaultdict(list)
+        for source in sources:
+            for path in name_outputs(source, bases[source], has_video).values():
+                sharing[unicodedata.normalize("NFC", str(real_path(path))).casefold()].append(source)
+        for _, group in sorted(sharing.items()):
+            if len(group) == 1:
+                continue
+            paths = {source: real_path(source.path) for source in group}
+            common = os.path.commonpath([path.parent for path in paths.values()])
+            for source, path in paths.items():
+                below = path.relative_to(common)
+                bases[source] = "_".join(below.parts)
+                if has_digest:
+                    bases[source] += "_" + hashlib.sha256(os.fsencode(below)).hexdigest()[:8]
+    return {source: name_outputs(source, bases[source], has_video) for source in sources}
 
 
 def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None
+    sources: Sequence[Source], has_video: bool, csv_path: Path | None, left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
-    """Name all outputs.
+    """Name all outputs; leave out what stands where one goes: a copy, most likely, and to be replaced.
 
     Raises:
-        ValueError: one of them or the CSV would overwrite a source or another output.
+        ValueError: an output would overwrite a source that was named, or the CSV a source or an output.
     """
-    plan = {source: name_outputs(source, has_video) for source in sources}
-    inputs, owners = {source.path.resolve() for source in sources}, {}
-    for source, outputs in plan.items():
-        for output in outputs.values():
-            if output.resolve() in inputs:
-                raise ValueError(
-                    f"the copy of {source.path} would overwrite {output}, an input too; leave that one out"
-                )
-            other = owners.setdefault(output.resolve(), source.path)
-            if other != source.path:
-                raise ValueError(f"{other} and {source.path} would both become {output}; use two folders")
-    if csv_path and csv_path.resolve() in inputs | owners.keys():
+    outputs = {
+        real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
+    }
+    kept = [
+        source
+        for source in sources
+        if real_path(source.path) not in outputs or (source.is_named and not is_own(source.path))
+    ]
+    left_out["in the place of a copy"] += len(sources) - len(kept)
+    plan = name_apart(kept, has_video)
+    owners = {path: source for source, outputs in plan.items() for path in outputs.values()}
+    named = {real_path(source.path) for source in kept if source.is_named}
+    for path, source in owners.items():
+        if real_path(path) in named:
+            raise ValueError(
+                f"the copy of {source.path} would overwrite {path}, an input too; leave that one out"
+            )
+    others = [*owners, *(source.path for source in kept)]
+    if csv_path and real_path(csv_path) in map(real_path, others):
         raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
     return plan
 
 
-def leave_out_finished(plan: dict[Source, dict[str, Path]]) -> dict[Source, dict[str, Path]]:
+def leave_out_finished(
+    plan: dict[Source, dict[str, Path]], left_out: Counter[str]
+) -> dict[Source, dict[str, Path]]:
     """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
 
-    def is_finished(source: Source, outputs: dict[str, Path]) -> bool:
-        changed = source.path.stat().st_mtime
-        return all(path.exists() and path.stat().st_mtime >= changed for path in outputs.values())
+    def is_finished(source: Source) -> bool:
+        with suppress(OSError):
+            changed = source.path.stat().st_mtime
+            return all(path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values())
+        return False
 
-    left = {
-        source: outputs
-        for source, outputs in plan.items()
-        if source.is_named or not is_finished(source, outputs)
-    }
-    if len(left) < len(plan):
-        print(f"{len(plan) - len(left)} were finished before; --overwrite does them again", file=sys.stderr)
+    left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
+    left_out["finished before (--overwrite does it again)"] += len(plan) - len(left)
     return left
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Return why a file cannot be written, as far as can be known before, or None."""
+    reason = {"folder": "Is a directory", "device": "Not a regular file"}.get(path_kind(path))
+    if reason is None:
+        try:
+            there = next(parent for parent in path.parents if os.path.lexists(parent))
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            reason = error.strerror
+    return reason and f"cannot write {path}: {reason}"
+
+
+def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
+    """Find out whether outputs may be written.
+
+    Raises:
+        ValueError: one is there, does not say that this script wrote it, and is not to be overwritten.
+    """
+    for path in paths:
+        if not overwrite and path_kind(path) == "file" and not is_own(path):
+            remedy = "--overwrite replaces it, as copies of earlier versions need, --out-dir writes elsewhere"
+            raise ValueError(f"{path} does not say that this program wrote it; {remedy}")
+
+
+def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
+    """Find out before the work if the CSV cannot be written, or nothing else can.
+
+    Raises:
+        OSError: it is so.
+        ValueError: the CSV is not to be replaced, see `check_replaceable`.
+    """
+    tables, paths = [csv_path] if csv_path else [], [path for each in plan.values() for path in each.values()]
+    for group in (tables, paths):
+        failures = [why_not_writable(path) for path in {path.parent: path for path in group}.values()]
+        if failures and all(failures):
+            raise OSError(failures[0])
+    check_replaceable(tables, overwrite)
 
 
 # --- frames ---
@@ -952,11 +1105,16 @@ CHUNK = 5000  # faces that wait to be summed up together
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image in the format that the path's suffix names, with its colour profile."""
+    """Write an image in the format that the path's suffix names, with its colour profile and MARK only."""
     image_format = Image.registered_extensions()[path.suffix.lower()]
     options = {"quality": 95, "subsampling": "4:4:4", "icc_profile": image.info.get("icc_profile")}
+    options["exif"], options["comment"] = Image.Exif(), MARK  # JPEG 2000 has comments, no EXIF
+    options["exif"][ExifTags.Base.Software] = MARK
     with shared.replacing(path) as temporary:
         image.save(temporary, image_format, **options)
+        if image_format == "BMP":  # has no place for texts, but its readers ignore what follows
+            with temporary.open("ab") as file:
+                file.write(MARK.encode())
 
 
 def face_columns(classes: Sequence[str]) -> list[str]:
@@ -966,23 +1124,67 @@ def face_columns(classes: Sequence[str]) -> list[str]:
     return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
 
 
+def text_cell(text: object) -> str:
+    """Return a text as a cell that a spreadsheet takes for text, not for a formula, and that is one line."""
+    text = shared.printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def face_cells(face: dict) -> list:
     """Spread an object of `face_record` over the cells of a row."""
-    points = itertools.chain(*face["landmarks"].values())
-    return [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values(), *points]
+    emotion, points = text_cell(face["emotion"]), itertools.chain(*face["landmarks"].values())
+    return [*face["box"], face["face_prob"], emotion, face["prob"], *face["probs"].values(), *points]
+
+
+@contextmanager
+def needed(name: str | Path) -> Iterator[None]:
+    """Let a result that cannot be written end the run, however many inputs are left."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.exit(f"error: cannot write {shared.printable(name)}: {error.strerror}")
+
+
+@contextmanager
+def open_table(
+    path: Path | None, classes: Sequence[str], has_frames: bool
+) -> Iterator[Callable[[dict], None]]:
+    """Write the table of --csv, if there is a path; give the function that adds the faces of a record.
+
+    Args:
+        has_frames: there are videos, so there are columns for the frame, its time and the track too.
+    """
+    if path is None:
+        yield lambda record: None
+        return
+    with shared.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table, of_frame = csv.writer(file), ("frame", "time", "track") if has_frames else ()
+        table.writerow(["file", "face", *of_frame, *face_columns(classes)])
+
+        def add(record: dict) -> None:
+            with needed(path):
+                for number, face in enumerate(record["faces"], start=1):
+                    when = [{**record, **face}.get(name) for name in of_frame]
+                    table.writerow([text_cell(record["file"]), number, *when, *face_cells(face)])
+
+        yield add
 
 
 def print_record(record: dict, as_json: bool) -> None:
     """Print a photo's record, as JSON or a line for each face; of a video, its frames' as JSON only."""
-    if as_json:
-        tqdm.write(json.dumps(record))
-    elif "frame" not in record:
-        for face in record["faces"]:
-            box = ",".join(str(round(value)) for value in face["box"])
-            tqdm.write(f"{record['file']}\t{box}\t{face['emotion']}\t{face['prob']:.2f}")
+    file = shared.printable(record["file"])
     if not record["faces"] and "frame" not in record:
-        tqdm.write(f"{record['file']}: no face found", file=sys.stderr)
-    sys.stdout.flush()  # whoever reads a live pipe should not wait
+        tqdm.write(f"{file}: no face found", file=sys.stderr)
+    with needed("standard output"):
+        if as_json:
+            tqdm.write(json.dumps(record))
+        elif "frame" not in record:
+            for face in record["faces"]:
+                box = ",".join(str(round(value)) for value in face["box"])
+                tqdm.write(f"{file}\t{box}\t{face['emotion']}\t{face['prob']:.2f}")
+        sys.stdout.flush()  # whoever reads a live pipe should not wait
 
 
 class Summary:
@@ -1066,13 +1268,15 @@ class Summary:
     def print_line(self, path: Path, as_json: bool) -> None:
         """Print file, tracks and length, top emotion and its share; on stderr, that no face was found."""
         if not self.seen:
-            tqdm.write(f"{path}: no face found", file=sys.stderr)
+            tqdm.write(f"{shared.printable(path)}: no face found", file=sys.stderr)
         elif not as_json:
             tracks = self.tracks()
             seconds = [(tracks["seconds"] * tracks[f"share_{name}"]).sum() for name in self.classes]
             top = int(np.argmax(seconds))
             counts = f"{len(tracks)} track{'s' * (len(tracks) > 1)}, {float(self.end - self.start):.1f} s"
-            tqdm.write(f"{path}\t{counts}\t{self.classes[top]}\t{seconds[top] / sum(seconds):.2f}")
+            name, share = shared.printable(path), seconds[top] / sum(seconds)
+            with needed("standard output"):
+                tqdm.write(f"{name}\t{counts}\t{self.classes[top]}\t{share:.2f}")
 
     def runs(self, track: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cut a track where it is out of sight; yield bin edges, s (T + 1,), and mean probs (T + 1, C)."""
@@ -1112,7 +1316,7 @@ class Summary:
             axes[0, 1].set_title("no face", loc="left", fontsize=9)
         keys = [Patch(color=colors[name], label=name) for name in self.classes]
         figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False)
-        figure.savefig(path, dpi=120, format="png")
+        figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
 
 
 def fits_mp4(source: av.AudioStream) -> bool:
@@ -1198,6 +1402,7 @@ class VideoWriter:
         """
         self._start, self._time_base, self._colors = first.time, video.time_base, video.colors
         self._output = load_av().open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
+        self._output.metadata["comment"] = MARK
         self._stream = self._output.add_stream("libx264", rate=video.rate, options=ENCODER_OPTIONS)
         self._odd = [(0, side % 2) for side in first.image.size[::-1]]
         self._stream.height, self._stream.width = (side + side % 2 for side in first.image.size[::-1])
@@ -1329,7 +1534,8 @@ def label_video(
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         followed = stack.enter_context(closing(in_background(follow(frames, batch_size=ahead), ahead)))
-        for frame, faces in tqdm(followed, video.name, video.num_frames, unit="frame", disable=None):
+        name = shared.printable(video.name)
+        for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=None):
             when = round(float(frame.time), 4)
             summary.add(frame, faces)
             table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
@@ -1347,8 +1553,23 @@ def label_video(
             raise ValueError(f"{video.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, parts["timeline"])
-            summary.tracks().to_csv(parts["tracks"], index=False, lineterminator="\r\n")
+            tracks = summary.tracks()
+            tracks["emotion"] = tracks["emotion"].map(text_cell)
+            tracks.to_csv(parts["tracks"], index=False, lineterminator="\r\n")
     return summary
+
+
+def describe_version(model_path: Path) -> str:
+    """Name the versions of this project, in a clone, and of what runs the networks; and the model."""
+    root, lines = Path(__file__).parent, []
+    if shutil.which("git") and (root / ".git").exists():
+        describe = ["git", "-C", root, "describe", "--tags", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+        lines = [f"Emotion detector {commit or '(git does not say which)'}"]
+    for name in ("torch", "openvino"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+    return "\n".join([*lines, f"{model_path.name} sha256:{shared.file_digest(model_path)}"])
 
 
 def face_size(text: str) -> float:
@@ -1361,18 +1582,22 @@ def face_size(text: str) -> float:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     share, positive = shared.number(float, 0, 1), shared.number(float, 0)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="photo, video, folder of them, or pattern")
     add("--recursive", action="store_true", help="look into a folder's subfolders too")
-    add("--overwrite", action="store_true", help="do again what is finished in a folder or pattern")
+    overwrite = (
+        "do again what is finished in a folder or pattern, and replace files that do not say, by their "
+        "metadata or a table's first columns, that this program wrote them"
+    )
+    add("--overwrite", action="store_true", help=overwrite)
     add("--camera", metavar="N", help="label a camera live: its number, or a stream's address")
     add("--show", action="store_true", help="watch videos in a live window; q ends them there")
     out_dir = "folder for the outputs (default: beside each input)"
     add("--out-dir", type=Path, metavar="DIR", help=out_dir)
     add("--json", action="store_true", help="print an object for each photo and frame, not lines of text")
-    add("--csv", type=Path, metavar="FILE", help="also write a table with a row for each face of the photos")
+    add("--csv", type=Path, metavar="FILE", help="also write a table of all faces, of videos in each frame")
     sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7"
     add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
     small = (
@@ -1392,9 +1617,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, default=shared.DEFAULT_MODEL, metavar="FILE", help="checkpoint")
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
     shared.add_options(parser, device="auto")
+    add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
-    if not args.inputs and args.camera is None:
+    if not (args.inputs or args.camera is not None or args.version):
         parser.error("name an INPUT or a --camera")
+    if args.version:
+        print(describe_version(args.model))
+        sys.exit()
     args.end = math.inf if args.end is None else args.end
     if args.start >= args.end:
         parser.error("--start must come before --end")
@@ -1404,13 +1633,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 @shared.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
-    args = parse_args(argv)
-    sources = find_sources(args.inputs, args.recursive, args.out_dir)
+    args, left_out = parse_args(argv), Counter()
+    sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
-    plan = plan_outputs(sources, not args.no_video, args.csv)
+    plan = plan_outputs(sources, not args.no_video, args.csv, left_out)
     if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
-        plan = leave_out_finished(plan)
+        plan = leave_out_finished(plan, left_out)
+    check_outputs(plan, args.csv, args.overwrite)
     load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
@@ -1426,38 +1656,40 @@ def main(argv: list[str] | None = None) -> None:
         search_every=args.search_every,
         smooth=args.smooth,
     )
-    emit = functools.partial(print_record, as_json=args.json)
 
-    rows, num_failed = [["file", "face", *face_columns(classifier.classes)]], 0
-    for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
-        try:
-            if source.kind == "photo":
-                record = label_photo(source.path, outputs["copy"], kit)
-                emit(record)
-                rows += [
-                    [source.path, i, *face_cells(face)] for i, face in enumerate(record["faces"], start=1)
-                ]
-            else:
+    has_failed, has_videos = False, any(source.kind != "photo" for source in plan)
+    with open_table(args.csv, classifier.classes, has_videos) as add_rows:
+
+        def emit(record: dict) -> None:
+            print_record(record, args.json)
+            add_rows(record)
+
+        for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
+            try:
+                check_replaceable(outputs.values(), args.overwrite)
+                if source.kind == "photo":
+                    emit(label_photo(source.path, outputs["copy"], kit))
+                    continue
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
                     summary = label_video(video, outputs, kit, follow=follow, emit=emit, window=window)
                 summary.print_line(source.path, args.json)
                 if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:  # the others are still worth labelling
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            num_failed += 1
-        if window and window.is_left:
-            break
-    if args.csv:
-        with (
-            shared.replacing(args.csv) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows(rows)
-    if num_failed:
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the others are still worth it
+                is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+                if is_bug or isinstance(error, BrokenPipeError):
+                    raise
+                if isinstance(error, MemoryError | RuntimeError):
+                    error = f"{source.path} needs more memory than there is"
+                tqdm.write(f"error: {shared.printable(error)}", file=sys.stderr)
+                has_failed = True
+                left_out["failed, see above"] += not source.is_named
+            if window and window.is_left:
+                break
+    if +left_out:
+        print(in_words(left_out), file=sys.stderr)
+    if has_failed:
         sys.exit(1)
 
 

@@ -11,12 +11,6 @@ whatever way, goes on from there; no search is made and no picture downloaded a 
 brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
 <out-dir>_sheets/, and train with the photos for research only.
 
-Usage:
-    python download_data.py emotions --limit 100
-    python download_data.py imagenet --engine openverse --limit 5
-    python download_data.py emotions --engine urls --list manifest.jsonl --out-dir data/rebuilt
-    python download_data.py emotions --remove https://example.org/me.jpg
-
 The parts stand in the order in which they are needed:
     downloading     what strangers serve, fetched safely: `Downloader`
     pictures        decoding, copies, the single face: `read_photo`
@@ -25,6 +19,10 @@ The parts stand in the order in which they are needed:
     other engines   public APIs, ddgs, lists: `open_engine`
     report          contact sheets and a table: `print_report`
     command line    labels, queries, options
+
+Usage:
+    python download_data.py emotions --limit 100
+    python download_data.py imagenet --limit 1
 """
 
 from __future__ import annotations
@@ -1141,7 +1139,7 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True, metavar="{emotions,imagenet}")
     add_set = functools.partial(sets.add_parser, formatter_class=shared.HelpFormatter)
     imagenet = add_set("imagenet", help="a few photos for each of the 1000 ImageNet classes")

@@ -8,33 +8,36 @@ stage and the head learn. The held-out part has whole groups of near-duplicates.
 A search word is a weak label. --review writes a page that shows first what FER's network and one
 cross-validated on the photos both doubt; the next run obeys the corrections.csv that it exports.
 
-So that FER is not forgotten, its faces are rehearsed in every batch; their targets are what the network made
-of them before (Buzzega et al. 2020, "Dark Experience for General Continual Learning: a Strong, Simple
-Baseline", arXiv:2004.07211). Then the weights are drawn back half of the way to those that training began
-with, and further if too much is forgotten all the same (Wortsman et al. 2022, "Robust fine-tuning of
-zero-shot models", arXiv:2109.01903). Photos that stand in FER's val or test, which came from a search too,
-are not learned from.
+So that FER, and what else --mix names, is not forgotten, its faces are rehearsed in every batch; their
+targets are what the network made of them before (Buzzega et al. 2020, "Dark Experience for General Continual
+Learning: a Strong, Simple Baseline", arXiv:2004.07211). Then the weights are drawn back half of the way to
+those that training began with, and further if too much is forgotten all the same (Wortsman et al. 2022,
+"Robust fine-tuning of zero-shot models", arXiv:2109.01903). Photos that stand in the val or test of --mix,
+which may have come from a search too, are not learned from.
+
+The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well.
 
 Usage:
-    python finetune_emotion.py --data-dir data/google --init runs/fer/best.pt --mix data/fer
-    python finetune_emotion.py --data-dir data/google --review
-    python finetune_emotion.py --data-dir my_photos --no-mix --unfreeze fc --epochs 3
+    python finetune_emotion.py
+    python finetune_emotion.py --review
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import model as shared
@@ -54,6 +57,8 @@ HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in te
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
 BLENDS = (0.5, 0.25)
+OUT_DIR = Path("runs/emotion")
+FER_DIR = Path("data/fer")  # where unpack_fer_data.py writes
 REVIEW_PAGE = shared.RESOURCES / "review.html"
 
 
@@ -129,10 +134,11 @@ def cut_photos(
         (faces_dir / known.pop(photo)["crop"]).unlink(missing_ok=True)
     wanted = shared.spread(list(paths), limit)
     with index_path.open("a", encoding="utf-8") as index:
+        index.write("\n")  # after a line that was cut short
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
-            crop_path, before = faces_dir / record["crop"], known.get(photo, {})
+            crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
             found, face = cut_photo(paths[photo], finder, margin, largest_face)
@@ -152,14 +158,23 @@ def cut_photos(
 
 
 def read_index(path: Path) -> dict[str, dict]:
-    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none."""
+    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none.
+
+    Raises:
+        ValueError: a line names a crop outside the index's folder.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records[record["photo"]] = record
+            is_cut = record["reason"] is None
+            if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:
+                records[str(record["photo"])] = {**record, "crop": str(record["crop"])}
+    for record in records.values():
+        try:
+            shared.inside(path.parent, record["crop"])
+        except ValueError as error:
+            raise ValueError(f"{path} names a crop: {error}; delete it, it is made anew") from None
     return records
 
 
@@ -172,6 +187,14 @@ def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
     table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
     table["total"] = table.sum(axis=1)
     return table.rename_axis(index=None, columns="photos").to_string()
+
+
+def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
+    """Print how many photos there are of what use, and the first that are not readable."""
+    print(count_photos(records, classes))
+    if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
+        names = ", ".join(unreadable[: shared.MAX_NAMED])
+        print(shared.printable(f"not readable: {names}"), file=sys.stderr)
 
 
 # --- from faces to train and val ---
@@ -266,7 +289,9 @@ def load_labelled(
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
     crops = [faces_dir / record["crop"] for record in records]
-    images = shared.load_images(crops, "L")
+    images, readable = shared.load_images(crops, "L")
+    records = [record for record, crop in zip(records, crops, strict=True) if crop in set(readable)]
+    crops = readable
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
@@ -287,62 +312,122 @@ def load_labelled(
 
 
 class Rehearsed:
-    """Photos' faces with FER's beside them in every batch: what `model.fit` asks of its data.
+    """Photos' faces with others beside them in every batch: what `model.fit` asks of its data.
 
     The targets of both are shares of the classes (n, C).
     """
 
-    def __init__(self, photos: shared.FaceBatches, fer: shared.FaceBatches):
-        self.photos, self.fer = photos, fer
+    def __init__(self, photos: shared.FaceBatches, others: shared.FaceBatches):
+        self.photos, self.others = photos, others
 
     def __len__(self) -> int:
-        return len(self.photos) + math.ceil(len(self.photos) / self.photos.batch_size) * self.fer.batch_size
+        steps = math.ceil(len(self.photos) / self.photos.batch_size)
+        return len(self.photos) + steps * self.others.batch_size
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch of the photos' batches, each with a batch of FER's faces joined to it."""
+        """Yield an epoch of the photos' batches, each with a batch of the other faces joined to it."""
         import torch
 
-        fer = itertools.chain.from_iterable(self.fer.train(n) for n in itertools.count(epoch))
-        for batches in zip(self.photos.train(epoch), fer, strict=False):
+        others = itertools.chain.from_iterable(self.others.train(n) for n in itertools.count(epoch))
+        for batches in zip(self.photos.train(epoch), others, strict=False):
             images, targets = zip(*batches, strict=True)
             yield torch.cat(images), torch.cat(targets)
+
+
+def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
+    """Return the sources that --mix names; without --mix FER's faces, if they are there."""
+    if mix is None and not FER_DIR.is_dir():
+        print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
+        return {}
+    return shared.parse_sources([str(FER_DIR)] if mix is None else mix)
+
+
+def load_rehearsed(
+    sources: dict[str, shared.Source], classes: Sequence[str], size: int, limit: int | None
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Read sources of faces: images (N, 1, size, size), and labels (N,), by source and split.
+
+    A source may have no test.
+    """
+    faces = {}
+    for name, source in sources.items():
+        faces[name] = {
+            split: shared.load_faces(source.folder, split, classes, limit=limit, size=size)[:2]
+            for split in shared.SPLITS
+            if split != "test" or shared.list_split(source.folder, split, classes)
+        }
+    return faces
 
 
 def training_data(
     net: nn.Module,
     faces: LabelledFaces,
-    fer: dict[str, tuple[Tensor, Tensor]],
+    rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
     batches: Callable[..., shared.FaceBatches],
     *,
+    sources: dict[str, shared.Source],
+    known: Sequence[int],
     classes: Sequence[str],
-    mix_share: float,
+    share: float,
 ) -> tuple[shared.FaceBatches | Rehearsed, dict[str, str]]:
-    """Return what is learned from, and its size in words: the photos' train part, and FER's faces beside it.
+    """Return what is learned from, and its size in words: the photos' train part, and the sources' faces.
 
     Args:
-        fer: images and labels by split, or nothing; what stands in its val or test is not learned from.
+        rehearsed: see `load_rehearsed`; what stands in a val or test is not learned from.
         batches: `model.FaceBatches` with a run's options.
-        mix_share: FER's faces for each photo's.
+        known: indices of the classes that `net` has learned before.
+        share: the sources' faces for each photo's.
     """
     import torch
     import torch.nn.functional as F
 
     is_learned = ~faces.is_val
-    if fer:
-        judged = torch.cat([fer["val"][0], fer["test"][0]])
-        is_copy = have_duplicates(hash_faces(faces.images), hash_faces(judged))
-        print(f"{int(is_copy.sum())} faces also stand in FER's val or test: not learned from")
+    if rehearsed:
+        held_out = [
+            part[split][0] for part in rehearsed.values() for split in ("val", "test") if split in part
+        ]
+        is_copy = have_duplicates(hash_faces(faces.images), hash_faces(torch.cat(held_out)))
+        print(f"{int(is_copy.sum())} faces also stand in the val or test of --mix: not learned from")
         is_learned &= ~is_copy
     labels = faces.labels[is_learned]
     photos = batches(faces.images[is_learned], labels, targets=F.one_hot(labels, len(classes)).float())
-    sizes = {"train": shared.count_labels(labels, classes)}
-    if not (fer and mix_share):
+    sizes = {"photos train": shared.count_labels(labels, classes)}
+    if not (rehearsed and share):
         return photos, sizes
-    images, labels = fer["train"]
-    logits, _ = shared.evaluate(net, batches(images, labels).eval())
-    size = max(round(photos.batch_size * mix_share), 1)
-    sizes["FER"] = shared.count_labels(labels, classes)
-    return Rehearsed(photos, batches(images, labels, batch_size=size, targets=logits.softmax(1))), sizes
+    parts = {name: part["train"] for name, part in rehearsed.items()}
+    sizes |= {f"{name} train": shared.count_labels(labels, classes) for name, (_, labels) in parts.items()}
+    images = torch.cat([shared.vary_outline(images) for images, _ in parts.values()])
+    labels = torch.cat([labels for _, labels in parts.values()])
+    of_source = torch.arange(len(parts)).repeat_interleave(
+        torch.tensor([len(own) for _, own in parts.values()])
+    )
+    with shared.autocast(photos.device):
+        logits, _ = shared.evaluate(net, batches(images, labels).eval())
+    logits = logits.float()
+    targets = torch.zeros(len(logits), len(classes))
+    targets[:, known] = logits[:, known].softmax(1)
+    others = batches(
+        images,
+        labels,
+        batch_size=max(round(photos.batch_size * share), 1),
+        targets=targets,
+        groups=of_source * len(classes) + labels,
+        weights=torch.tensor([sources[name].weight for name in parts])[of_source],
+    )
+    return Rehearsed(photos, others), sizes
+
+
+def judged_sets(
+    faces: LabelledFaces,
+    rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
+    batches: Callable[..., shared.FaceBatches],
+) -> dict[str, dict[str, shared.FaceBatches]]:
+    """Return what the network is judged on: "val" by source, the photos first, and "test" by source."""
+    sets = {"val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])}, "test": {}}
+    for name, part in rehearsed.items():
+        for split in part.keys() & sets.keys():
+            sets[split][name] = batches(*part[split])
+    return sets
 
 
 # --- doubts about labels ---
@@ -378,8 +463,13 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
     return probs
 
 
-def second_opinion(net: nn.Module, faces: shared.FaceBatches, groups: Tensor, temperature: float) -> Tensor:
-    """Return the mean of the probabilities (N, C) of `net` and of the heads of `cross_validate`."""
+def second_opinion(
+    net: nn.Module, faces: shared.FaceBatches, groups: Tensor, temperature: float, known: Sequence[int]
+) -> Tensor:
+    """Return the mean of the probabilities (N, C) of `net` and of the heads of `cross_validate`.
+
+    If `net` does not know all the faces' classes, those of the heads alone count.
+    """
     import torch
 
     head, net.fc = net.fc, torch.nn.Identity()
@@ -388,6 +478,8 @@ def second_opinion(net: nn.Module, faces: shared.FaceBatches, groups: Tensor, te
     with torch.inference_mode():
         logits = head(embeddings.to(faces.device)).cpu()
     learned = cross_validate(embeddings.clone(), labels, groups, logits.shape[1])
+    if not set(labels.tolist()) <= set(known):
+        return learned
     return ((logits / temperature).softmax(1) + learned) / 2
 
 
@@ -408,20 +500,17 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: the columns are missing, or a label is none of `classes`.
+        ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
-    import pandas as pd
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")[["path", "label"]]
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} has no columns path and label; export it anew from the page of --review"
-        ) from None
-    unknown = set(table["label"]) - {"", *classes}
-    if unknown:
-        raise ValueError(f"{path} has the label {min(unknown)!r}, expected empty or {', '.join(classes)}")
-    return dict(zip(table["path"], table["label"], strict=True))
+    def parse(cells: dict[str, str]) -> tuple[str, str]:
+        photo, label = cells["path"], cells["label"]
+        shared.inside(path.parent, photo)
+        if label not in {"", *classes}:
+            raise ValueError(f"it has the label {label[:50]!r}, expected empty or {', '.join(classes)}")
+        return photo, label
+
+    return dict(shared.read_table(path, {"path", "label"}, parse, "what the page of --review exports"))
 
 
 def write_review(
@@ -463,84 +552,216 @@ def write_review(
     with shared.replacing(path) as temporary:
         page = REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
         temporary.write_text(page, encoding="utf-8")
-    print(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}")
+    print(shared.printable(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}"))
 
 
 # --- before and after ---
 
 
 def judge_sets(
-    net: nn.Module, sets: dict[str, shared.FaceBatches], temperature: float, classes: Sequence[str]
+    net: nn.Module, sets: dict[str, shared.FaceBatches], run: shared.Run, temperature: float
 ) -> dict[str, dict]:
-    """Return `model.judge`'s figures of a network on each of the sets."""
-    return {
-        name: shared.judge(*shared.evaluate(net, faces.eval()), temperature, classes)
-        for name, faces in sets.items()
-    }
+    """Return `model.judge`'s figures of a network on each of the sets, for the run's default classes."""
+    chosen = [run.classes.index(name) for name in run.default_classes]
+    results = {}
+    for name, faces in sets.items():
+        logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
+        if len(labels):
+            results[name] = shared.judge(logits, labels, temperature, run.default_classes)
+    return results
 
 
 def draw_back(
-    trained: dict, start: dict, val: shared.FaceBatches, fer_val: shared.FaceBatches, lowest: float
+    trained: dict,
+    start: dict,
+    val: dict[str, shared.FaceBatches],
+    *,
+    run: shared.Run,
+    parent: dict,
+    lowest: dict[str, float],
 ) -> dict:
-    """Go back toward the weights of `start` until accuracy on `fer_val` is at least `lowest`, 0-1.
+    """Go back toward the weights that training began with until no source's accuracy is below its `lowest`.
 
     Args:
-        trained, start: checkpoints.
-        val: the photos' faces to which the temperature is fitted anew.
-        fer_val: FER's.
+        trained: checkpoint.
+        start: weights.
+        val: the photos' faces, and each source's, to which the temperatures are fitted anew.
+        parent: see `model.judge_sources`.
+        lowest: accuracy, 0-1, by source.
 
     Raises:
         ValueError: none of BLENDS goes back far enough.
     """
     import torch
 
+    device = next(iter(val.values())).device
     for blend in BLENDS:
         weights = {
-            name: torch.lerp(start["model"][name], value, blend) if value.is_floating_point() else value
+            name: torch.lerp(start[name], value, blend) if value.is_floating_point() else value
             for name, value in trained["model"].items()
         }
         best = {**trained, "model": weights}
-        net = shared.load_network(best).to(val.device, memory_format=torch.channels_last)
-        logits, labels = shared.evaluate(net, fer_val.eval())
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
-        print(f"{blend:.0%} of the way: FER val {accuracy:.2%}, expected {lowest:.2%} or more")
-        if accuracy >= lowest:
-            return {**best, "temperature": shared.fit_temperature(*shared.evaluate(net, val.eval()))}
-    raise ValueError("FER is forgotten even a quarter of the way, so none is called best; try a lower --lr")
+        net = shared.load_network(best).to(device, memory_format=torch.channels_last)
+        record = shared.judge_sources(net, val, run, parent)
+        reached = {name: record[f"{name}_acc"] for name in lowest}
+        print(
+            f"{blend:.0%} of the way: " + ", ".join(f"{name} val {acc:.2%}" for name, acc in reached.items())
+        )
+        if all(reached[name] >= lowest[name] for name in lowest):
+            return best | {name: record[name] for name in ("temperature", "temperature_all")}
+    raise ValueError(
+        "too much is forgotten even a quarter of the way, so none is called best; try a lower --lr, "
+        "or a higher --max-loss"
+    )
 
 
 def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
     """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
     import torch
 
-    print(f"{'':10}{'':7}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
+    width = max(map(len, results["before"])) + 1
+    print(f"{'':{width + 7}}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
         shares = (row["acc"], row["mean_recall"], *row["recall"].values())
-        print(f"{name:10}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
+        print(f"{name:{width}}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
     shared.save_json(out_dir / "emotion.json", results)
-    matrix = torch.tensor(results["after"]["photos"]["confusion"])
+    matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
-    print(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}")
+    print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
+
+
+# --- how good a model is on photos ---
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share, 0-1.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    z = 1.96
+    center, spread = right + z**2 / 2, z * math.sqrt(right * (total - right) / total + z**2 / 4)
+    return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
+
+
+def judge_photo(
+    path: Path, classifier: shared.Classifier, finder: shared.FaceFinder | None, largest_face: bool
+) -> tuple[str, np.ndarray | None, Image.Image | None]:
+    """Classify a photo's single face: its outcome, one of OUTCOMES, probabilities (C,) and the crop.
+
+    Without a finder the photo is a face.
+    """
+    try:
+        image = shared.open_picture(path)
+    except shared.PictureError:
+        return OUTCOMES[3], None, None
+    if finder is None:
+        return OUTCOMES[0], classifier.predict_crops([image])[0], image
+    boxes = finder.find(image).boxes
+    if len(boxes) != 1 and not (largest_face and len(boxes)):
+        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None, None
+    box = boxes[[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]]
+    [crop] = shared.crop_faces(image, box, classifier.crop_margin)
+    return OUTCOMES[0], classifier.predict(image, box)[0], crop
+
+
+def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
+    """Draw faces, each with a line below it, into a PNG of 8 a row."""
+    side, line, columns = 128, 34, 8
+    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(faces) / columns)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, (face, text) in enumerate(faces):
+        x, y = number % columns * side, number // columns * (side + line)
+        sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
+        draw.multiline_text((x + 2, y + side + 1), text, "black", font)
+    with shared.replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def evaluate_photos(
+    data_dir: Path,
+    classifier: shared.Classifier,
+    finder: shared.FaceFinder | None,
+    *,
+    largest_face: bool,
+    limit: int | None,
+    out_dir: Path | None,
+    csv_path: Path | None,
+) -> None:
+    """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
+
+    Args:
+        classifier: of all that the model has learned.
+        finder: None if the photos are faces.
+        out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
+        csv_path: for a row of each photo.
+    """
+    import pandas as pd
+    import torch
+
+    found = shared.find_classes(data_dir)
+    if unknown := sorted(set(found) - set(classifier.classes)):
+        print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
+    classes = sorted({*classifier.default_classes, *found} - set(unknown))
+    classifier = classifier.among(classes)
+    paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
+    rows, crops, all_probs = [], [], []
+    for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
+        outcome, probs, crop = judge_photo(path, classifier, finder, largest_face)
+        photo = path.relative_to(data_dir).as_posix()
+        row = {"photo": photo, "label": photo.split("/")[0], "reason": outcome}
+        if probs is not None:
+            row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
+            row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
+            crops.append(crop)
+            all_probs.append(probs)
+        rows.append(row)
+    print(count_photos(rows, [name for name in found if name in classes]))
+    if not all_probs:
+        raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
+    table = pd.DataFrame(rows)
+    if csv_path:
+        with shared.replacing(csv_path) as temporary:
+            table.to_csv(temporary, index=False)
+        print(shared.printable(f"wrote {csv_path}"))
+    judged = table[table["reason"] == OUTCOMES[0]].reset_index()
+    labels = torch.tensor([classes.index(name) for name in judged["label"]])
+    right = int((judged["label"] == judged["emotion"]).sum())
+    low, high = wilson_interval(right, len(judged))
+    print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
+    logits = torch.from_numpy(np.stack(all_probs)).log()
+    shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
+    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
+    if out_dir and len(mistakes):
+        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
+        draw_mistakes(
+            list(zip([crops[i] for i in mistakes.index], lines, strict=True)), out_dir / "photos_mistakes.png"
+        )
+        print(shared.printable(f"wrote {out_dir / 'photos_mistakes.png'}, the surest mistakes"))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, points = parser.add_argument, shared.number(float, 0, 100)
-    shared.add_options(parser, data_dir="data/google", out_dir="runs/emotion", init=Path("runs/fer/best.pt"))
-    faces_help = "where the cut faces and their index are kept"
-    add("--faces-dir", type=Path, default="data/google_faces", metavar="DIR", help=faces_help)
+    shared.add_options(parser, data_dir="data/google", init=Path("runs/fer/best.pt"))
+    add("--out-dir", type=Path, metavar="DIR", help=f"folder to write into (default: {OUT_DIR})")
+    faces_help = "where the cut faces and their index are kept (default: --data-dir with _faces after it)"
+    add("--faces-dir", type=Path, metavar="DIR", help=faces_help)
     add("--largest-face", action="store_true", help="of several faces cut the largest, do not leave them out")
-    mix_help = "FER's faces, from unpack_fer_data.py: learned again, and judged on"
-    add("--mix", type=Path, default="data/fer", metavar="DIR", help=mix_help)
-    add("--no-mix", dest="mix", action="store_const", const=None, help="neither learn nor judge FER's faces")
-    share_help = "FER's faces for each photo's, 0: only judge on them"
+    mix_help = "sources, as of finetune_fer.py, to learn again and judge on (default: data/fer, if there)"
+    add("--mix", nargs="+", metavar="DIR[=WEIGHT]", help=mix_help)
+    add("--no-mix", dest="mix", action="store_const", const=[], help="neither learn nor judge such faces")
+    share_help = "such faces for each photo's, 0: only judge on them"
     add("--mix-share", type=points, default=2.0, metavar="X", help=share_help)
     size_help = f"{shared.OPTIONS['image_size']['help']} (default: that of --init)"
     add("--image-size", **(shared.OPTIONS["image_size"] | {"help": size_help}))
-    loss_help = "of accuracy on FER's val that the best model may have lost"
+    loss_help = "of accuracy on each val of --mix that the best model may have lost"
     add("--max-loss", type=points, default=1.0, metavar="POINTS", help=loss_help)
+    evaluate_help = "do not train, report how good this model is on --data-dir; files only with --out-dir"
+    add("--evaluate", type=Path, metavar="CHECKPOINT", help=evaluate_help)
+    add("--cropped", action="store_true", help="with --evaluate: the photos are faces, cut already")
+    add("--csv", type=Path, metavar="FILE", help="with --evaluate: a table, a row for each photo")
     add("--review", action="store_true", help="do not train, write review.html: the labels that look wrong")
     corrections_help = "what the page of --review exported (default: corrections.csv in --data-dir, if there)"
     add("--corrections", type=Path, metavar="FILE", help=corrections_help)
@@ -561,84 +782,124 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    return shared.parse_with_resume(parser, argv, stage="emotion")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="emotion")
+    if not args.evaluate:
+        args.out_dir = args.out_dir or OUT_DIR
+    return args, resumed
+
+
+def train_on(
+    train: shared.FaceBatches | Rehearsed,
+    sets: dict[str, dict[str, shared.FaceBatches]],
+    net: nn.Module,
+    *,
+    run: shared.Run,
+    parent: dict,
+    max_loss: float,
+    **options: object,
+) -> None:
+    """Train, draw the weights back if there are other sources, and report on all sets before and after.
+
+    Args:
+        sets: see `judged_sets`.
+        max_loss: points of accuracy that each source's val may lose.
+        options: of `model.fit_classifier`.
+    """
+    import torch
+
+    def judged(net: nn.Module, temperature: float) -> dict[str, dict]:
+        by_name = {f"{name} {split}": faces for split in sets for name, faces in sets[split].items()}
+        return judge_sets(net, by_name, run, temperature)
+
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    results = {"before": judged(net, parent["temperature"])}
+    photos, *others = sets["val"]
+    val = {photos: sets["val"][photos]}
+    best = shared.fit_classifier(net, train, val, run=run, parent=parent, **options)
+    best_path = run.out_dir / "best.pt"
+    if others:
+        before = {name: results["before"].get(f"{name} val") for name in others}
+        lowest = {name: figures["acc"] - max_loss / 100 for name, figures in before.items() if figures}
+        best = draw_back(best, start, sets["val"], run=run, parent=parent, lowest=lowest)
+        shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
+    device = sets["val"][photos].device
+    trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
+    results["after"] = judged(trained, best["temperature"])
+    report_change(results, run.default_classes, run.out_dir)
+    print(f"best epoch {best['epoch']}; wrote {best_path}")
 
 
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    """Cut the faces, train, and report on the held-out faces before and after; or write the review page."""
+    """Cut the faces, train, and report on the held-out faces before and after; or review or judge labels."""
     args, resumed = parse_args(argv)
     import torch
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    start = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-    classes, image_size = start["classes"], args.image_size or start["image_size"]
-    corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
-    if args.corrections or corrections_path.exists():
-        corrections = read_corrections(corrections_path, classes)
-    finder = shared.FaceFinder(device)
-    cut = functools.partial(cut_photos, margin=start["crop_margin"], largest_face=args.largest_face)
-    records = cut(args.data_dir, args.faces_dir, classes, finder, limit=args.limit)
-    print(count_photos(records, classes))
-    if corrections:
-        print(f"{len(corrections)} corrections in {corrections_path}")
-    faces = load_labelled(
-        records, args.faces_dir, classes, corrections, val_fraction=args.val_fraction, seed=args.seed
-    )
-    net = shared.load_network(start).to(device, memory_format=torch.channels_last)
-    options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-    options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-    batches = functools.partial(shared.FaceBatches, **options)
-    if args.review:
-        probs = second_opinion(net, batches(faces.images, faces.labels), faces.groups, start["temperature"])
-        write_review(
-            args.out_dir / "review.html",
-            faces,
-            probs,
-            classes,
-            corrections=corrections,
-            corrections_path=corrections_path,
+    if args.evaluate:
+        evaluate_photos(
+            args.data_dir,
+            shared.Classifier(args.evaluate, device, ["all"]),
+            None if args.cropped else shared.FaceFinder(device),
+            largest_face=args.largest_face,
+            limit=args.limit,
+            out_dir=args.out_dir,
+            csv_path=args.csv,
         )
         return
-
-    fer = {
-        name: shared.load_faces(args.mix / name, classes, args.limit)[:2]
-        for name in shared.SPLITS
-        if args.mix
-    }
-    train, sizes = training_data(net, faces, fer, batches, classes=classes, mix_share=args.mix_share)
-    val = batches(faces.images[faces.is_val], faces.labels[faces.is_val])
-    sizes["val"] = shared.count_labels(val.labels, classes)
-    sets = {"photos": val} | {f"FER {name}": batches(*fer[name]) for name in fer if name != "train"}
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="emotion",
-        arch=start["arch"],
-        classes=classes,
-        kept=classes,
-        image_size=image_size,
-        crop_margin=start["crop_margin"],
-        config=shared.plain_config(vars(args)),
-        best_name="undrawn.pt" if fer else "best.pt",  # what forgot too much must not be taken for the best
-    )
-    run.start(net, device, sizes, is_resumed=resumed is not None)
-    results = {"before": judge_sets(net, sets, start["temperature"], classes)}
-    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-    smoothing = args.label_smoothing
-    best = shared.fit_classifier(
-        net, train, val, run=run, schedule=schedule, label_smoothing=smoothing, resume=resumed
-    )
-    best_path = args.out_dir / "best.pt"
-    if fer:
-        lowest = results["before"]["FER val"]["acc"] - args.max_loss / 100
-        best = draw_back(best, start, val, sets["FER val"], lowest)
-        shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
-    trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
-    results["after"] = judge_sets(trained, sets, best["temperature"], classes)
-    report_change(results, classes, args.out_dir)
-    print(f"best epoch {best['epoch']}; wrote {best_path}")
+    faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
+    with shared.only_run_in(args.out_dir, faces_dir):
+        parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
+        sources = find_sources(args.mix)
+        found = shared.find_classes(args.data_dir)
+        learned = sorted({*found, *(parent["classes"] if sources else ())})
+        corrections_path = args.corrections or args.data_dir / "corrections.csv"
+        has_corrections = args.corrections or corrections_path.exists()
+        corrections = read_corrections(corrections_path, learned) if has_corrections else {}
+        cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
+        records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
+        report_photos(records, found)
+        if corrections:
+            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
+        faces = load_labelled(
+            records, faces_dir, learned, corrections, val_fraction=args.val_fraction, seed=args.seed
+        )
+        net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
+        image_size = args.image_size or parent["image_size"]
+        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
+        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, **options)
+        known = [learned.index(name) for name in learned if name in parent["classes"]]
+        if args.review:
+            every = batches(faces.images, faces.labels)
+            probs = second_opinion(net, every, faces.groups, parent["temperature_all"], known)
+            judged = {"corrections": corrections, "corrections_path": corrections_path}
+            write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
+            return
+        rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
+        mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
+        train, sizes = training_data(net, faces, rehearsed, batches, **mix)
+        sets = judged_sets(faces, rehearsed, batches)
+        sizes |= {
+            f"{name} val": shared.count_labels(own.labels, learned) for name, own in sets["val"].items()
+        }
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="emotion",
+            arch=parent["arch"],
+            classes=learned,
+            default_classes=found,
+            image_size=image_size,
+            crop_margin=parent["crop_margin"],
+            config=shared.plain_config(vars(args)),
+            best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
+        )
+        run.start(net, device, sizes, is_resumed=resumed is not None)
+        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        how = {"schedule": schedule, "label_smoothing": args.label_smoothing, "resume": resumed}
+        train_on(train, sets, net, run=run, parent=parent, max_loss=args.max_loss, **how)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,32 @@
-"""Fine-tune the gray network on the faces of FER2013.
+"""Fine-tune the gray network on the faces of FER2013, and on other collections of faces beside it.
 
 All layers learn, from the weights that finetune_gray_imagenet.py distilled. The faces stay in memory as uint8
-and are augmented in batches. The network learns every emotion that was unpacked for train, and the best
-checkpoint keeps those of --emotions: telling more apart teaches it more about faces. If FER+'s votes were
-unpacked (Barsoum et al. 2016, arXiv:1608.01041), a target is partly what ten people saw, partly FER's own
-label. With --teachers it is partly the mean prediction of trained networks: several that differ know more
-together than each alone, and one network can learn it (Hinton et al. 2015, arXiv:1503.02531).
+and are augmented in batches. The network learns every emotion that it finds in train; --emotions are those
+that it tells apart unless asked for more. If FER+'s votes were unpacked (Barsoum et al. 2016,
+arXiv:1608.01041), a target is partly what ten people saw, partly FER's own label.
 
-Validation (PublicTest) picks the best epoch and the temperature of the softmax; the test faces (PrivateTest)
-are looked at once, at the end: all of them, and apart from that those that also stand in no other split, and
-those of whose label six of FER+'s ten voters are sure.
+Collections mean different things by one word. With --mix, the network therefore has a common head, which
+learns from all faces, and a head for each source, which learns from that source's faces only. The best
+checkpoint keeps the common one. With --teachers a target is partly the mean prediction of trained networks:
+several that differ know more together than each alone, and one network can learn it (Hinton et al. 2015,
+arXiv:1503.02531).
+
+Validation (of FER it is PublicTest) picks the best epoch and the temperature of the softmax; all sources
+count alike. The test faces (of FER PrivateTest) are looked at once, at the end.
 
 Usage:
-    python finetune_fer.py --data-dir data/fer --init runs/gray/best.pt
-    python finetune_fer.py --data-dir data/fer --evaluate runs/fer/best.pt --out-dir runs/fer
-    python finetune_fer.py --data-dir data/fer5 --init runs/a/best.pt --teachers runs/a/best.pt runs/b/best.pt
+    python finetune_fer.py
+    python finetune_fer.py --evaluate resources/emotion_resnet50.pt --out-dir runs/check
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 import model as shared
@@ -35,29 +37,20 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
 
 
-class FerSplit(NamedTuple):
-    """N labelled faces of C classes."""
+TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
+COMMON_SHARE = 0.5  # of a face's weight in the loss, for the common head; the source's own head has the rest
+
+
+class Split(NamedTuple):
+    """N labelled faces of a source and a split, of C classes."""
 
     images: Tensor  # (N, 1, S, S) uint8
     labels: Tensor  # (N,) int64
     votes: Tensor  # (N, C) float32, how many of FER+'s ten voters saw which class; all 0 if not known
-
-
-def find_classes(folder: Path) -> list[str]:
-    """List the emotions that `folder` has a folder for, sorted.
-
-    Raises:
-        ValueError: there are fewer than two.
-    """
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if len(classes) < 2:
-        raise ValueError(
-            f"{folder} has {len(classes)} emotion folders, expected 2 or more; run unpack_fer_data.py"
-        )
-    return classes
 
 
 def pick_classes(learned: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -81,29 +74,40 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
         faces: N images, named after the rows of FER's table.
 
     Raises:
-        ValueError: a row or a class is not in the file.
+        ValueError: a row or a class is not in the file, or a row is malformed.
     """
-    import pandas as pd
     import torch
+
+    def parse(cells: dict[str, str]) -> tuple[int, list[float]]:
+        counts = [float(cells[name]) for name in classes]
+        if not all(0 <= count < math.inf for count in counts):
+            raise ValueError(f"row {cells['row'][:20]} has votes that are no numbers of people")
+        return int(cells["row"]), counts
 
     if not path.exists():
         return torch.zeros(len(faces), len(classes))
-    try:
-        votes = pd.read_csv(path, index_col="row").loc[[int(face.stem) for face in faces], list(classes)]
-        return torch.tensor(votes.to_numpy("float32"))
-    except (KeyError, ValueError) as error:
-        reason = str(error).strip("'\"").splitlines()[0]
-        raise ValueError(f"{path} has no votes for {reason}; unpack anew, or remove the file") from None
+    rows = shared.read_table(path, {"row", *classes}, parse, "what unpack_fer_data.py writes of FER+'s votes")
+    votes = dict(rows)
+    missing = [face.stem for face in faces if not face.stem.isdecimal() or int(face.stem) not in votes]
+    if missing or len(votes) < len(rows):
+        reason = f"no votes for {missing[0]}" if missing else "two lines for a row"
+        raise ValueError(f"{path} has {reason}; unpack anew, or remove the file")
+    return torch.tensor([votes[int(face.stem)] for face in faces])
 
 
-def load_split(folder: Path, classes: Sequence[str], limit: int | None) -> FerSplit:
-    """Read a split of FER, and its votes from beside it.
+def load_split(
+    folder: Path, split: str, classes: Sequence[str], *, limit: int | None, size: int | None = None
+) -> Split:
+    """Read a split of a source, and FER+'s votes if its folder has them.
+
+    Args:
+        size: side of the images, pixels (default: that of the first one).
 
     Raises:
-        ValueError: a class has no images, or votes.csv does not fit.
+        ValueError: it has no images, or votes.csv does not fit.
     """
-    images, labels, paths = shared.load_faces(folder, classes, limit)
-    return FerSplit(images, labels, load_votes(folder.parent / "votes.csv", paths, classes))
+    images, labels, paths = shared.load_faces(folder, split, classes, limit=limit, size=size)
+    return Split(images, labels, load_votes(folder / "votes.csv", paths, classes))
 
 
 def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
@@ -118,42 +122,83 @@ def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:
     return torch.where(totals > 0, (1 - weight) * own + weight * votes / totals.clamp(min=1), own)
 
 
-def load_teachers(
-    paths: Sequence[Path], classes: Sequence[str], device: torch.device
-) -> list[shared.Classifier]:
-    """Read the checkpoints, of this stage or the next, of networks that know just `classes`.
-
-    Raises:
-        FileNotFoundError, ValueError: one is none, or has other classes.
-    """
-    teachers = [shared.Classifier(path, device) for path in paths]
-    for path, teacher in zip(paths, teachers, strict=True):
-        if sorted(teacher.classes) != sorted(classes):
-            raise ValueError(
-                f"{path} knows {' '.join(teacher.classes)}, expected what was unpacked, {' '.join(classes)}; "
-                "unpack a folder with what it knows, see --emotions of unpack_fer_data.py"
-            )
-    return teachers
-
-
-def ask_teachers(teachers: Sequence[shared.Classifier], images: Tensor, classes: Sequence[str]) -> Tensor:
+def ask_teachers(
+    paths: Sequence[Path], images: Tensor, classes: Sequence[str], device: torch.device
+) -> Tensor:
     """Return the mean of trained networks' probabilities for faces, float32 (N, C).
 
     Each network has its own temperature, and sees each face (N, 1, S, S), uint8, and its mirror image.
+
+    Raises:
+        FileNotFoundError, ValueError: one is no checkpoint of this stage or the next, or has not learned just
+            these classes.
     """
     import torch
 
-    crops = [Image.fromarray(image) for image in torch.cat([images, images.flip(-1)])[:, 0].numpy()]
-    total = torch.zeros(len(crops), len(classes))
-    for number, teacher in enumerate(teachers, 1):
-        order = [teacher.classes.index(name) for name in classes]
-        name = f"asking teacher {number}/{len(teachers)}"
-        with tqdm(total=len(crops), desc=name, unit="image", disable=None, leave=False) as bar:
-            for start in range(0, len(crops), shared.MAX_BATCH):
-                part = slice(start, start + shared.MAX_BATCH)
-                total[part] += torch.from_numpy(teacher.predict_crops(crops[part]))[:, order]
-                bar.update(len(crops[part]))
-    return (total[: len(images)] + total[len(images) :]) / (2 * len(teachers))
+    total = torch.zeros(len(images), len(classes))
+    for path in tqdm(paths, "asking teachers", disable=None, leave=False):
+        teacher = shared.load_checkpoint(path, stages=("fer", "emotion"))
+        if sorted(teacher["classes"]) != sorted(classes):
+            raise ValueError(
+                f"{path} has learned {' '.join(teacher['classes'])}, expected {' '.join(classes)}; "
+                "see --emotions of unpack_fer_data.py"
+            )
+        order = [teacher["classes"].index(name) for name in classes]
+        net = shared.load_network(teacher).to(device, memory_format=torch.channels_last)
+        for view in (images, images.flip(-1)):
+            faces = shared.FaceBatches(
+                view, torch.zeros(len(view)), TEACHER_BATCH, teacher["image_size"], device
+            )
+            with shared.autocast(device):
+                logits, _ = shared.evaluate(net, faces.eval())
+            total += (logits.float() / teacher["temperature_all"]).softmax(1)[:, order]
+    return total / (2 * len(paths))
+
+
+def training_set(
+    train: dict[str, Split],
+    *,
+    vote_weight: float,
+    teachers: Sequence[Path],
+    teacher_weight: float,
+    classes: Sequence[str],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Join the sources' train faces into what `model.FaceBatches` takes.
+
+    With several sources, targets (N, heads, C) are for the common head and each source's own.
+    """
+    import torch
+
+    splits = list(train.values())
+    images = torch.cat([shared.vary_outline(split.images) for split in splits])
+    labels = torch.cat([split.labels for split in splits])
+    targets = mix_targets(labels, torch.cat([split.votes for split in splits]), vote_weight)
+    if teachers:
+        targets = targets.lerp(ask_teachers(teachers, images, classes, device), teacher_weight)
+    sizes = torch.tensor([len(split.labels) for split in splits])
+    of_source = torch.arange(len(splits)).repeat_interleave(sizes)
+    if len(splits) > 1:
+        own = torch.nn.functional.one_hot(of_source).float() * (1 - COMMON_SHARE)
+        shares = torch.cat([torch.full((len(labels), 1), COMMON_SHARE), own], 1)  # (N, heads)
+        targets = shares[:, :, None] * targets[:, None]
+    groups = of_source * len(classes) + labels
+    return {"images": images, "labels": labels, "targets": targets, "groups": groups}
+
+
+def describe(
+    train: dict[str, Split], val: dict[str, Split], classes: Sequence[str], parent: dict
+) -> dict[str, str]:
+    """Return what there is to learn from, in words."""
+    lines = {}
+    for kind, splits in (("train", train), ("val", val)):
+        for name, split in splits.items():
+            title = kind if len(train) == 1 else f"{name} {kind}"
+            lines[title] = shared.count_labels(split.labels, classes)
+    voted = sum(int((split.votes.sum(1) > 0).sum()) for split in train.values())
+    lines["votes"] = f"known for {voted} images of train"
+    new = [name for name in classes if name not in parent["classes"]]
+    return {**lines, "untrained in the head": ", ".join(new) or "none"}
 
 
 def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
@@ -165,64 +210,92 @@ def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
 
 
 def report_split(
-    data_dir: Path,
-    out_dir: Path,
+    folder: Path,
+    out_dir: Path | None,
     checkpoint: dict,
     split: str,
     *,
+    title: str,
     batch_size: int,
     limit: int | None,
     device: torch.device,
 ) -> None:
-    """Report how good a checkpoint is on a split: all of it, and apart from that its clean faces."""
+    """Report how good a checkpoint is on a source's split: its default classes, then all, if it learned more.
+
+    Faces that stand in no other split, and those whose label is sure, are also judged apart.
+    """
     import torch
 
-    classes, image_size = checkpoint["classes"], checkpoint["image_size"]
-    faces = load_split(data_dir / split, classes, limit)
-    folders = [data_dir / other for other in shared.SPLITS if other != split]
-    others = torch.cat([shared.load_faces(folder, find_classes(folder))[0] for folder in folders])
-    sure = faces.votes.gather(1, faces.labels[:, None])[:, 0] >= SURE_VOTES
-    subsets = {
-        "not in another split": ~stands_elsewhere(faces.images, others),
-        f"with {SURE_VOTES} of FER+'s 10 votes": sure,
-    }
+    classes = checkpoint["classes"]
+    faces = load_split(folder, split, classes, limit=limit)
+    side = faces.images.shape[-1]
+    others = [
+        load_split(folder, other, shared.find_classes(folder), limit=None, size=side).images
+        for other in shared.SPLITS
+        if other != split and shared.list_split(folder, other, classes)
+    ]
+    subsets = {"not in another split": ~stands_elsewhere(faces.images, torch.cat(others))} if others else {}
+    votes = faces.votes.gather(1, faces.labels[:, None])[:, 0]
+    subsets[f"with {SURE_VOTES} of FER+'s 10 votes"] = votes >= SURE_VOTES
     net = shared.load_network(checkpoint).to(device, memory_format=torch.channels_last)
-    logits, mirrored = (
-        shared.evaluate(net, shared.FaceBatches(images, faces.labels, batch_size, image_size, device).eval())[
-            0
-        ]
+    views = [
+        shared.FaceBatches(images, faces.labels, batch_size, checkpoint["image_size"], device)
         for images in (faces.images, faces.images.flip(-1))
-    )
-    accuracy = ((logits + mirrored).argmax(1) == faces.labels).float().mean()
-    print(f"{split}: accuracy {accuracy:.2%} averaged over mirror images, at twice the cost")
-    shared.report(
-        split,
-        logits,
-        faces.labels,
-        temperature=checkpoint["temperature"],
-        classes=classes,
-        out_dir=out_dir,
-        subsets=subsets,
-    )
+    ]
+    logits, mirrored = (shared.evaluate(net, view.eval())[0] for view in views)
+    default = [classes.index(name) for name in checkpoint["default_classes"]]
+    sets = {title: ("temperature", default), f"{title}_all": ("temperature_all", list(range(len(classes))))}
+    if len(default) == len(classes):
+        sets.popitem()
+    for name, (temperature, chosen) in sets.items():
+        shown, labels = shared.among(logits, faces.labels, chosen)
+        both, _ = shared.among(logits + mirrored, faces.labels, chosen)
+        accuracy = (both.argmax(1) == labels).float().mean()
+        print(f"{name}: accuracy {accuracy:.2%} averaged over mirror images, at twice the cost")
+        is_shown = torch.isin(faces.labels, torch.tensor(chosen))
+        shared.report(
+            name,
+            shown,
+            labels,
+            temperature=checkpoint[temperature],
+            classes=[classes[column] for column in chosen],
+            out_dir=out_dir,
+            subsets={subset: mask[is_shown] for subset, mask in subsets.items()},
+        )
+
+
+def report_sources(
+    sources: dict[str, shared.Source], out_dir: Path | None, checkpoint: dict, split: str, **options: object
+) -> None:
+    """Report on the same split of each source; the files and lines of all but the first have its name."""
+    for number, (name, source) in enumerate(sources.items()):
+        title = f"{split}_{name}" if number else split
+        if shared.list_split(source.folder, split, checkpoint["classes"]) or not number:
+            report_split(source.folder, out_dir, checkpoint, split, title=title, **options)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add, share = parser.add_argument, shared.number(float, 0, 1)
     shared.add_options(
         parser,
         data_dir="data/fer",
-        out_dir="runs/fer",
         init=Path("runs/gray/best.pt"),
     )
-    kept_help = "what the model keeps of all that it learns"
-    add("--emotions", nargs="+", default=shared.EMOTIONS, metavar="NAME", help=kept_help)
+    out_help = f"folder to write into (default: {OUT_DIR}; with --evaluate nothing is written without it)"
+    add("--out-dir", type=Path, metavar="DIR", help=out_help)
+    mix_help = (
+        "other sources: DIR/<emotion>/* or DIR/{train,val,test}/<emotion>/*, drawn WEIGHT times as often"
+    )
+    add("--mix", nargs="+", default=[], metavar="DIR[=WEIGHT]", help=mix_help)
+    default_help = "what the model tells apart, of all that it learns, unless asked for more"
+    add("--emotions", nargs="+", default=shared.EMOTIONS, metavar="NAME", help=default_help)
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train, report how good this one is")
     add("--split", choices=("val", "test"), default="test", help="what --evaluate looks at")
     vote_help = "share of a target that comes from FER+'s votes, if they were unpacked"
     add("--vote-weight", type=share, default=0.25, metavar="X", help=vote_help)
-    teachers_help = "learn also what these best.pt predict; they must know just the unpacked emotions"
+    teachers_help = "learn also what these best.pt predict; they must have learned the same emotions"
     add("--teachers", nargs="+", type=Path, metavar="CHECKPOINT", help=teachers_help)
     weight_help = "share of a target that comes from --teachers, if there are any"
     add("--teacher-weight", type=share, default=0.5, metavar="X", help=weight_help)
@@ -243,7 +316,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    return shared.parse_with_resume(parser, argv, stage="fer")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="fer")
+    if not args.evaluate:
+        args.out_dir = args.out_dir or OUT_DIR
+    return args, resumed
 
 
 @shared.one_line_errors
@@ -254,63 +330,66 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    report_on = functools.partial(
-        report_split, args.data_dir, args.out_dir, batch_size=args.batch_size, limit=args.limit, device=device
+    sources = shared.parse_sources([str(args.data_dir), *args.mix])
+    report = functools.partial(
+        report_sources,
+        sources,
+        args.out_dir,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        device=device,
     )
     if args.evaluate:
-        report_on(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
+        report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
-    learned = find_classes(args.data_dir / "train")
-    kept = pick_classes(learned, args.emotions)
-    faces = load_split(args.data_dir / "train", learned, args.limit)
-    val_faces = load_split(args.data_dir / "val", kept, args.limit)
-    teachers = load_teachers([Path(path) for path in args.teachers or []], learned, device)
-    start = shared.load_checkpoint(args.init)
-    net = shared.load_network(start, learned).to(device, memory_format=torch.channels_last)
-    shared.freeze_except(net, args.unfreeze)
-    run = shared.Run(
-        args.out_dir,
-        stage="fer",
-        arch=start["arch"],
-        classes=learned,
-        kept=kept,
-        image_size=args.image_size,
-        crop_margin=shared.CROP_MARGIN,
-        config=shared.plain_config(vars(args)),
-    )
-    data = {
-        "train": shared.count_labels(faces.labels, learned),
-        "val": shared.count_labels(val_faces.labels, kept),
-        "votes": f"known for {int((faces.votes.sum(1) > 0).sum())} images of train",
-        "untrained in the head": ", ".join(name for name in learned if name not in start["classes"])
-        or "none",
-    }
-    run.start(net, device, data, is_resumed=resumed is not None)
-    targets = mix_targets(faces.labels, faces.votes, args.vote_weight)
-    if teachers:
-        targets = targets.lerp(ask_teachers(teachers, faces.images, learned), args.teacher_weight)
-    batches = functools.partial(
-        shared.FaceBatches, batch_size=args.batch_size, image_size=args.image_size, device=device
-    )
-    best = shared.fit_classifier(
-        net,
-        batches(
-            faces.images,
-            faces.labels,
-            targets=targets,
-            balance=args.balance,
-            mixup=args.mixup,
-            seed=args.seed,
-        ),
-        batches(val_faces.images, val_faces.labels),
-        run=run,
-        schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
-        label_smoothing=args.label_smoothing,
-        resume=resumed,
-    )
-    accuracy = best["metrics"]["val_acc"]
-    print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
-    report_on(best, "test")
+    with shared.only_run_in(args.out_dir):
+        learned = sorted({name for source in sources.values() for name in shared.find_classes(source.folder)})
+        load = functools.partial(load_split, classes=learned, limit=args.limit)
+        size = args.image_size if args.mix else None  # FER alone stays as small as it is
+        train = {name: load(source.folder, "train", size=size) for name, source in sources.items()}
+        val = {name: load(source.folder, "val") for name, source in sources.items()}
+        parent = shared.load_checkpoint(args.init)
+        net = shared.load_network(parent, learned)
+        if args.mix:
+            shared.add_heads(net, len(sources))
+        net.to(device, memory_format=torch.channels_last)
+        shared.freeze_except(net, args.unfreeze)
+        run = shared.Run(
+            args.out_dir,
+            stage="fer",
+            arch=parent["arch"],
+            classes=learned,
+            default_classes=pick_classes(learned, args.emotions),
+            image_size=args.image_size,
+            crop_margin=shared.CROP_MARGIN,
+            config=shared.plain_config(vars(args)),
+        )
+        faces = training_set(
+            train,
+            vote_weight=args.vote_weight,
+            teachers=[Path(path) for path in args.teachers or []],
+            teacher_weight=args.teacher_weight,
+            classes=learned,
+            device=device,
+        )
+        weights = torch.tensor([sources[name].weight for name, split in train.items() for _ in split.labels])
+        run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
+        options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
+        best = shared.fit_classifier(
+            net,
+            shared.FaceBatches(
+                **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
+            ),
+            {name: shared.FaceBatches(split.images, split.labels, **options) for name, split in val.items()},
+            run=run,
+            schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
+            label_smoothing=args.label_smoothing,
+            parent=parent,
+            resume=resumed,
+        )
+        accuracy = best["metrics"]["val_acc"]
+        print(f"best epoch {best['epoch']}: val accuracy {accuracy:.2%}; wrote {args.out_dir / 'best.pt'}")
+        report(best, "test")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ By default the stem alone learns, as in the original toolkit; the frozen rest ke
 
 Usage:
     python finetune_gray_imagenet.py --data-dir data/imagenet
-    python finetune_gray_imagenet.py --data-dir data/imagenet --arch resnet18 --unfreeze conv1 bn1 layer1
+    python finetune_gray_imagenet.py --unfreeze conv1 bn1 layer1 --out-dir runs/gray_layer1
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
         ValueError: the file does not fit the architecture, or there is nothing to download for it.
         FileNotFoundError: there is no such file.
     """
-    import torch
     import torchvision
 
     if weights_path is None:
@@ -48,13 +47,13 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
             ) from None
     if not weights_path.is_file():
         raise FileNotFoundError(f"there is no weights file {weights_path}; expected a state dict of a {arch}")
-    teacher = shared.color_resnet(arch)
+    teacher, expected = shared.color_resnet(arch), f"a state dict of torchvision's {arch}"
+    weights = shared.load_tensors(weights_path, expected)
     try:
-        weights = torch.load(weights_path, map_location="cpu", weights_only=True)
         teacher.load_state_dict({name: value.float() for name, value in weights.items()})
-    except Exception as error:  # torch raises half a dozen types for a damaged or foreign file
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{weights_path} is not a state dict of torchvision's {arch} ({reason})") from None
+    except (RuntimeError, AttributeError) as error:  # other names or shapes; no tensors
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{weights_path} is not {expected}: {reason}") from None
     return teacher
 
 
@@ -114,7 +113,7 @@ class ImagePairs:
         import torch
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        for indices in torch.randperm(len(self), generator=generator).split(self.batch_size):
+        for indices in shared.split_batches(torch.randperm(len(self), generator=generator), self.batch_size):
             images = self.images[indices].to(self.device).float() / 255
             size = images.shape[-1]
             yield self._pair(shared.warp(images, size, generator, degrees=0, shift=0.1, zoom=(0.75, 1.25)))
@@ -160,7 +159,7 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     shared.add_options(parser, data_dir="data/imagenet", out_dir="runs/gray")
     add = parser.add_argument
     add("--arch", choices=shared.ARCHS, default="resnet50", help="network")
@@ -194,44 +193,48 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    teacher = load_teacher(args.arch, args.teacher_weights)
-    images = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
-    train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
-    student = build_student(args.arch, teacher, args.stem_init).to(device, memory_format=torch.channels_last)
-    shared.freeze_except(student, args.unfreeze)
-    teacher.eval().to(device, memory_format=torch.channels_last)
-    train = ImagePairs(images[train_indices], teacher, args.batch_size, device, args.seed)
-    val = ImagePairs(images[val_indices], teacher, args.batch_size, device, args.seed)
-    head = teacher.fc.cpu()
-    run = shared.Run(
-        args.out_dir,
-        stage="gray",
-        arch=args.arch,
-        classes=(),
-        kept=(),
-        image_size=args.image_size,
-        crop_margin=0.0,
-        config=shared.plain_config(vars(args)),
-    )
-    sizes = {"train": f"{len(train)} images", "val": f"{len(val)} images"}
-    run.start(student, device, sizes, is_resumed=resumed is not None)
+    with shared.only_run_in(args.out_dir):
+        teacher = load_teacher(args.arch, args.teacher_weights)
+        images, _ = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
+        train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
+        student = build_student(args.arch, teacher, args.stem_init).to(
+            device, memory_format=torch.channels_last
+        )
+        shared.freeze_except(student, args.unfreeze)
+        teacher.eval().to(device, memory_format=torch.channels_last)
+        train = ImagePairs(images[train_indices], teacher, args.batch_size, device, args.seed)
+        val = ImagePairs(images[val_indices], teacher, args.batch_size, device, args.seed)
+        head = teacher.fc.cpu()
+        run = shared.Run(
+            args.out_dir,
+            stage="gray",
+            arch=args.arch,
+            classes=(),
+            default_classes=(),
+            image_size=args.image_size,
+            crop_margin=0.0,
+            config=shared.plain_config(vars(args)),
+        )
+        sizes = {"train": f"{len(train)} images", "val": f"{len(val)} images"}
+        run.start(student, device, sizes, is_resumed=resumed is not None)
 
-    def validate(net: nn.Module) -> dict[str, float]:
-        return compare_embeddings(*shared.evaluate(net, val.eval()), head)
+        def validate(net: nn.Module) -> dict[str, float]:
+            return compare_embeddings(*shared.evaluate(net, val.eval()), head)
 
-    def score(record: dict) -> float:
-        return record["cosine"]
+        def score(record: dict) -> float:
+            return record["cosine"]
 
-    before = validate(student)
-    schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-    history = shared.fit(
-        student, F.mse_loss, train, validate, score=score, run=run, schedule=schedule, resume=resumed
-    )
-    best = max(reversed(history), key=score)  # the last of equals, as saved
-    print_table({args.stem_init: before, "distilled": best})
-    panels = {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]}
-    shared.plot_history(history, panels, args.out_dir / "curves.png")
-    print(f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}")
+        before = validate(student)
+        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        history = shared.fit(
+            student, F.mse_loss, train, validate, score=score, run=run, schedule=schedule, resume=resumed
+        )
+        best = max(reversed(history), key=score)  # the last of equals, as saved
+        print_table({args.stem_init: before, "distilled": best})
+        panels = {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]}
+        shared.plot_history(history, panels, args.out_dir / "curves.png")
+        line = f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}"
+        print(shared.printable(line))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 The parts stand in the order in which data flows through them, and use only what stands above them:
 
     constants     the emotions, the size and statistics of the network's input
-    files         writing whole files or none: `replacing`, `save_json`
+    files         writing whole files or none, by one run at a time: `replacing`, `only_run_in`, `save_json`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
     faces         MTCNN, made fast: `FaceFinder`, `crop_faces`
@@ -23,6 +23,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import csv
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -31,27 +34,36 @@ import itertools
 import json
 import math
 import os
+import pickletools
 import re
 import secrets
 import shutil
+import statistics
 import sys
-import tempfile
 import time
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked
+    fcntl = None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
+    from torch.optim.swa_utils import AveragedModel
 
 # --- constants ---
 
@@ -60,6 +72,7 @@ EMOTIONS = ("angry", "disgusted", "happy", "sad", "surprised")
 RESOURCES = Path(__file__).parent / "resources"
 DEFAULT_MODEL = RESOURCES / "emotion_resnet50.pt"
 
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 32, 512  # pixels, chosen here
 IMAGE_SIZE = 96  # pixels, side of the network's input; 64 costs half the time, see resources/EXPERIMENTS.md
 # Share of a detector box's longer side that a crop adds. FER's faces are cut as with -0.04 (median of the 170
 # faces that MTCNN finds in 200 of PublicTest, quartiles -0.12 and 0.03).
@@ -74,12 +87,24 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
 # --- files ---
 
 
+# What of a text would act on the terminal or split a line: control characters, line ends, marks that turn the
+# direction of writing, and what Python makes of the bytes of a name that is not UTF-8.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+TEMPORARY = re.compile(r"\.emotion-[0-9a-f]{16}\.tmp")
+
+
+def printable(text: object) -> str:
+    """Return a text that others chose, such as a file's name or a label, as one line without side effects."""
+    return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], str(text))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Give a temporary path that becomes `path` when the block ends well.
 
     So `path` is always whole: new, or what it was before. The temporary file has a random name in the same
-    folder, is created by this call, never through a link, and is gone after any failure.
+    folder, is created by this call, never through a link, and is gone after any failure. What a killed run
+    left of such files is removed by the next run that writes into the folder.
 
     Args:
         sync: have the content on the disk before it gets its name, where losing it would hurt.
@@ -87,10 +112,10 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the file could not be written; the message names `path`.
     """
-    temporary = path.with_name(f".emotion-{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        _remove_strays(path.parent.absolute())
+        temporary, descriptor = _create_temporary(path.parent)
         try:
             yield temporary
             if sync:
@@ -99,22 +124,220 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+            if fcntl:
+                os.close(descriptor)
     except OSError as error:
         if error.errno is None or isinstance(error, BrokenPipeError):  # it has its message; it is stdout's
             raise
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Give an empty folder in `parent` that is gone after the block, or renamed; strays as of `replacing`."""
+    _remove_strays(parent.absolute())
+    temporary, descriptor = _create_temporary(parent, is_folder=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if fcntl:
+            os.close(descriptor)
+
+
+def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, int | None]:
+    """Create an empty file or folder; return its path, and a descriptor that holds a lock until closed."""
+    while True:
+        path = parent / f".emotion-{secrets.token_hex(8)}.tmp"
+        if is_folder:
+            path.mkdir(mode=0o700)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        if not fcntl:
+            return path, None
+        with contextlib.suppress(FileNotFoundError):  # another run took it for a stray before it was locked
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
+
+
+@functools.cache  # once a run is enough
+def _remove_strays(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed run left, and no process holds."""
+    for path in folder.iterdir() if fcntl else ():
+        if TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
+                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_run_in(*folders: Path) -> Iterator[None]:
+    """Let no other run of any script work in these folders while the block runs.
+
+    The lock is the operating system's: it ends with the process, however that ends. Its file, .emotion.lock
+    in the folder, says who holds it and goes when the block ends. Folders are made if need be, and go again
+    if they stay empty. On a file system without locks the block just runs.
+
+    Raises:
+        BlockingIOError: another run works there; the message names it.
+        OSError: a folder cannot be made or written into.
+    """
+    missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with contextlib.ExitStack() as stack:
+            for path, folder in sorted({folder.resolve(): folder for folder in folders}.items()):
+                stack.enter_context(_locked(path / ".emotion.lock", folder))
+            yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+def only_writer_of(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Let no other run write one file while the block runs; the folder is made. Raises as `only_run_in`."""
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return _locked(path.parent / f".emotion-{name}.lock", path)
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, what: Path) -> Iterator[None]:
+    """Hold a lock by its file while the block runs; `what` is what a message says is in use."""
+    if not fcntl:
+        yield
+        return
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(lock, what)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(f"cannot write into {lock.parent}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_locked(lock: Path, what: Path) -> int:
+    """Open and lock a file, and write into it who holds it; return its descriptor."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace") or "another run"
+            os.close(descriptor)
+            raise BlockingIOError(f"{what} is in use by {holder}; wait for its end or name another") from None
+        except OSError:  # a file system without locks
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{Path(sys.argv[0]).name} (process {os.getpid()})".encode(), 0)
+                return descriptor
+        os.close(descriptor)
+
+
 def save_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON; raises OSError as `replacing`."""
+    """Write a value as indented JSON; raises OSError as `replacing`, ValueError for NaN, which JSON lacks."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
     """Return the digest of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+# How files begin that people pass by mistake, and the words for them.
+BEGINNINGS = {
+    b"version https://git-lfs.github.com": "a pointer of Git LFS, not the file itself (git lfs pull gets it)",
+    b"\x89HDF\r\n": "HDF5, as Keras writes it",
+    b"\x1f\x8b": "packed by gzip",
+    b"\xfd7zXZ": "packed by xz",
+    b"BZh": "packed by bzip2",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"PK": "a zip archive",
+    b"\xff\xfe": "text in UTF-16, not in UTF-8",
+    b"\xfe\xff": "text in UTF-16, not in UTF-8",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"%PDF": "a PDF document",
+    b"\x80": "a pickle of Python",
+}
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path below a folder that data names, ValueError if it leads out, be it by a link."""
+    parts = PurePath(name).parts
+    is_plain = parts and not PurePath(name).is_absolute() and ".." not in parts and "\0" not in name
+    if not is_plain or not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name[:100]!r} leads out of {folder}")
+    return folder / name
+
+
+def kind_of(head: bytes) -> str:
+    """Return in words what a file is that begins with `head`, about 500 bytes of it; "" for other text."""
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if (
+        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
+        .lower()
+        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
+    ):
+        return "a web page"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**32:
+        return "safetensors"
+    if head[:1] == b"\x08" and head[2:3] == b"\x12":
+        return "ONNX"
+    return "empty" if not head else "of an unknown kind, not text" if b"\0" in head else ""
+
+
+def read_table(
+    path: Path, columns: set[str], parse: Callable[[dict[str, str]], object], expected: str
+) -> list:
+    """Return what `parse` makes of each row of a CSV in UTF-8, its cells by column.
+
+    Args:
+        columns: that it must have.
+        parse: may raise ValueError, with what is wrong with the row.
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: the file is no such table; the message says what it is, or which line is wrong.
+    """
+    with path.open("rb") as file:
+        if kind := kind_of(file.read(512)):
+            raise ValueError(f"{path} is {kind}, expected {expected}")
+    rows = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        try:
+            if missing := columns - set(table.fieldnames or ()):
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            for cells in table:
+                if None in cells or None in cells.values():
+                    raise ValueError("it has more or fewer columns than the first")
+                rows.append(parse(cells))
+        except (csv.Error, ValueError) as error:
+            reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{path} is not {expected}, line {table.line_num}: {reason}") from None
+    return rows
 
 
 # --- pictures ---
@@ -215,7 +438,10 @@ CACHED = re.compile(r"(pnet|rnet|onet|classifier)-[0-9a-f]{16}(\.bin)?")  # .bin
 
 def cache_dir() -> Path:
     """Return the folder for what can be made again; see the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotion-detector"
+    except RuntimeError:  # the user has no home; nothing can be kept below a device
+        return Path(os.devnull) / "emotion-detector"
 
 
 def from_pixels(network: nn.Module, mean: float, std: float) -> nn.Module:
@@ -245,7 +471,8 @@ class Engine:
     """A network ready to run: compiled by OpenVINO for a CPU, else as it is by torch.
 
     What OpenVINO converts and compiles is kept in the user's cache folder, for converting takes seconds. What
-    is kept there is good for one set of weights and versions; what is missing or damaged is made again.
+    is kept there is good for one set of weights and versions; what is missing, damaged, or in reach of other
+    users is made again.
     Not to be called by two threads at once.
 
     Attributes:
@@ -322,6 +549,7 @@ def _openvino_engine(
 
     def compile_kept() -> tuple[openvino.CompiledModel, dict]:
         path = folder / "network.xml"
+        _check_private(folder.parent, folder, *folder.iterdir())
         notes = json.loads(core.read_model(path).get_rt_info("emotion_detector").value)
         if notes["digest"] != digest:
             raise RuntimeError("the kept network is another one")
@@ -329,7 +557,7 @@ def _openvino_engine(
 
     try:
         compiled, notes = compile_kept()
-    except (RuntimeError, ValueError, LookupError):  # not there, or damaged
+    except (OSError, RuntimeError, ValueError, LookupError):  # not there, damaged, or in reach of others
         blueprint = build()
         notes = {**blueprint.notes, "digest": digest}
         model = _convert(blueprint, any_size)
@@ -337,7 +565,12 @@ def _openvino_engine(
         try:
             _keep(model, folder)
             compiled, notes = compile_kept()
-        except (OSError, RuntimeError):  # where nothing can be kept, it is made again each time
+            for path in folder.iterdir():
+                path.chmod(0o600)
+        except (OSError, RuntimeError) as error:
+            _report_unkept(
+                folder.parent, getattr(error, "strerror", None) or "OpenVINO cannot write or read it"
+            )
             compiled = core.compile_model(model, "CPU", options)
     with contextlib.suppress(OSError):
         os.utime(folder)  # it is in use
@@ -347,6 +580,25 @@ def _openvino_engine(
         return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
 
     return infer, notes
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file or folder, not a link in its place, belongs to this user."""
+    return os.name != "posix" or path.lstat().st_uid == os.getuid()
+
+
+def _check_private(*paths: Path) -> None:
+    """Raise PermissionError if other users could have written one of some files or folders."""
+    for path in paths:
+        if not _is_own(path) or (os.name == "posix" and path.stat().st_mode & 0o022):
+            raise PermissionError(errno.EPERM, "other users can write there")
+
+
+@functools.cache  # once for all networks
+def _report_unkept(folder: Path, reason: str) -> None:
+    """Print that each start will take its time."""
+    line = f"networks cannot be kept in {folder} ({reason}), so each start takes some seconds more"
+    print(printable(line), file=sys.stderr)
 
 
 def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F821
@@ -366,11 +618,16 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
     """Put a converted network into the cache, all of it or nothing, and take out what is long unused."""
     import openvino
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        openvino.save_model(model, Path(temporary) / "network.xml", compress_to_fp16=False)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_own(folder.parent):
+        folder.parent.chmod(0o700)
+    _check_private(folder.parent)
+    with temporary_folder(folder.parent) as temporary:
+        openvino.save_model(model, temporary / "network.xml", compress_to_fp16=False)
+        for path in temporary.iterdir():
+            path.chmod(0o600)
         shutil.rmtree(folder, ignore_errors=True)
-        Path(temporary).rename(folder)
+        temporary.rename(folder)
     for other in folder.parent.iterdir():
         if CACHED.fullmatch(other.name) and time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
             other.unlink() if other.is_file() else shutil.rmtree(other)
@@ -733,6 +990,18 @@ def gray_resnet(arch: str, num_classes: int) -> nn.Module:
     return net
 
 
+def add_heads(net: nn.Module, count: int) -> None:
+    """Put `count` copies of the head beside it: logits (N, C) become (N, (1 + count) * C)."""
+    import torch
+    from torch import nn
+
+    with torch.no_grad():
+        heads = nn.Linear(net.fc.in_features, net.fc.out_features * (1 + count))
+        heads.weight.copy_(net.fc.weight.repeat(1 + count, 1))
+        heads.bias.copy_(net.fc.bias.repeat(1 + count))
+    net.fc = heads
+
+
 def freeze_except(net: nn.Module, trained: Sequence[str]) -> None:
     """Let only the named children of `net` learn; `train_mode` keeps the rest's BatchNorm still as well.
 
@@ -762,13 +1031,28 @@ def train_mode(net: nn.Module) -> None:
 # --- data ---
 
 
+MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
+MAX_NAMED = 5  # files of a kind that a message names; the others are counted
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
     """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+
+    What macOS writes beside a picture on foreign disks, ._picture.jpg, is no picture.
 
     Raises:
         ValueError: there are none.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in picture_suffixes())
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in picture_suffixes() and not path.name.startswith("._") and path.is_file()
+    )
     if not paths:
         raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
     return spread(paths, limit)
@@ -781,49 +1065,170 @@ def spread(items: Sequence[Path], limit: int | None) -> Sequence[Path]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> Tensor:
+def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tuple[Tensor, list[Path]]:
     """Read images into memory as one uint8 tensor (N, C, S, S); mode "L" has C = 1, "RGB" has 3.
 
     Images are cut to their central square and resized to `size` pixels; without `size`, to the first one's
-    own. Several threads read.
+    own. Several threads read. A few that are not readable are named on stderr and left out.
+
+    Returns:
+        The images, and their N paths.
 
     Raises:
-        PictureError: a file is not a readable image.
+        ValueError: more than MAX_UNREADABLE of the files are not readable images.
     """
     import torch
 
-    def read(path: Path) -> np.ndarray:
-        image = open_picture(path, mode, draft=size)
+    def read(path: Path) -> np.ndarray | PictureError:
+        try:
+            image = open_picture(path, mode, draft=size)
+        except PictureError as error:
+            return error
         side, target = min(image.size), size or side_of_first
         x, y = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (target, target):
-            image = image.resize((target, target), Image.Resampling.LANCZOS, (x, y, x + side, y + side))
+        if image.size != (target, target):  # enlarged as `normalize_faces` enlarges
+            how = Image.Resampling.LANCZOS if side > target else Image.Resampling.BILINEAR
+            image = image.resize((target, target), how, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    side_of_first = size or min(open_picture(paths[0]).size)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = list(
-            tqdm(pool.map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
+    for path in paths if size is None else ():
+        with contextlib.suppress(PictureError):
+            side_of_first = min(open_picture(path).size)
+            break
+    bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
+    results = list(bar)
+    errors = [result for result in results if isinstance(result, PictureError)]
+    if len(errors) > MAX_UNREADABLE * len(paths):
+        share = f"{len(errors)} of {len(paths)} images are not readable"
+        raise ValueError(
+            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
         )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    for error in errors[:MAX_NAMED]:
+        print(printable(f"left out: {error}"), file=sys.stderr)
+    if errors:
+        print(f"{len(errors)} of {len(paths)} images are not readable and left out", file=sys.stderr)
+    kept = [i for i, result in enumerate(results) if not isinstance(result, PictureError)]
+    images = torch.from_numpy(np.stack([results[i] for i in kept]))
+    return images.permute(0, 3, 1, 2).contiguous(), [paths[i] for i in kept]
+
+
+class Source(NamedTuple):
+    """A collection of faces."""
+
+    folder: Path
+    weight: float = 1.0  # how often its faces are drawn
+
+
+def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
+    """Parse each DIR or DIR=WEIGHT into a source; return them by the folder's name.
+
+    Raises:
+        ValueError: a folder is not there, a weight is no number above 0, or two folders have one name.
+    """
+    sources = {}
+    for text in texts:
+        folder, equals, weight = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            folder, weight = text, "1"
+        try:
+            source = Source(Path(folder), float(weight))
+        except ValueError:
+            raise ValueError(f"{text} is no source of faces, expected DIR or DIR=WEIGHT, a number") from None
+        if not source.folder.is_dir() or not 0 < source.weight < math.inf:
+            raise ValueError(f"{text} is no source of faces, expected a folder and a weight above 0")
+        name = source.folder.resolve().name
+        if name in sources:
+            raise ValueError(f"{folder} and {sources[name].folder} have one name; rename one of them")
+        sources[name] = source
+    return sources
+
+
+def find_classes(folder: Path) -> list[str]:
+    """List the emotions that a source has a folder for, sorted.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if len(classes) < 2:
+        raise ValueError(f"{root} has {len(classes)} emotion folders, expected 2 or more, each with images")
+    return classes
+
+
+def list_split(folder: Path, split: str, classes: Sequence[str], limit: int | None = None) -> dict[Path, int]:
+    """List a split's faces, from `folder`/<split>/<class>/* or, if it has no train/, from `folder`/<class>/*.
+
+    Splits that a folder lacks are made by the content of its files, so that no run learns what another is
+    judged by: one tenth is val and, without train/, another one test.
+
+    Returns:
+        Their labels, indices of `classes`, class by class; there may be no faces.
+    """
+    if not (folder / "train").is_dir():
+        root, tenths = folder, {"train": range(2, 10), "val": range(1), "test": range(1, 2)}[split]
+    elif split == "test" or (folder / "val").is_dir():
+        root, tenths = folder / split, range(10)
+    else:
+        root, tenths = folder / "train", {"train": range(1, 10), "val": range(1)}[split]
+    paths = [path for name in classes if (root / name).is_dir() for path in list_images(root / name)]
+    if len(tenths) < 10:
+        paths = [path for path in paths if int(file_digest(path), 16) % 10 in tenths]
+    return {path: classes.index(path.relative_to(root).parts[0]) for path in spread(paths, limit)}
 
 
 def load_faces(
-    folder: Path, classes: Sequence[str], limit: int | None = None
+    folder: Path,
+    split: str,
+    classes: Sequence[str],
+    *,
+    limit: int | None = None,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor, Sequence[Path]]:
-    """Read `folder`/<class>/*, class by class.
+    """Read a split's faces, see `list_split` and `load_images`.
 
     Returns:
         Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
 
     Raises:
-        ValueError: a class has no images, or one is not readable.
+        ValueError: there are none, or more than a few are not readable.
     """
     import torch
 
-    paths = spread([path for name in classes for path in list_images(folder / name)], limit)
-    labels = torch.tensor([classes.index(path.relative_to(folder).parts[0]) for path in paths])
-    return load_images(paths, "L"), labels, paths
+    faces = list_split(folder, split, classes, limit)
+    if not faces:
+        raise ValueError(f"{folder} has no {split} faces of {' '.join(classes)}; see the README")
+    images, paths = load_images(list(faces), "L", size)
+    return images, torch.tensor([faces[path] for path in paths]), paths
+
+
+def vary_outline(images: Tensor) -> Tensor:
+    """Return gray faces (N, 1, S, S) uint8 whose black surroundings, if they have some, vary.
+
+    Some collections cut their faces out along the outline. So that a network does not learn the cut, a third
+    of these stay black, a third get one level of gray, and a third go on as the pixels at their edge.
+    """
+    import torch
+    from scipy import ndimage
+
+    def vary(image: np.ndarray) -> np.ndarray:
+        dark, _ = ndimage.label(np.pad(image, 1) <= 8)  # what the added frame is connected with
+        outside = (dark == dark[0, 0])[1:-1, 1:-1]
+        if not 0.05 < outside.mean() < 0.8:
+            return image
+        random = np.random.default_rng(zlib.crc32(image))
+        how = random.integers(3)
+        if how == 1:
+            return np.where(outside, random.integers(256), image).astype(np.uint8)
+        if how == 2:
+            outside = ndimage.binary_dilation(outside, iterations=2)  # stored lossily, the edge is blurred
+            rows, columns = ndimage.distance_transform_edt(
+                outside, return_distances=False, return_indices=True
+            )
+            return image[rows, columns]
+        return image
+
+    return torch.from_numpy(np.stack(list(_threads().map(vary, images[:, 0].numpy()))))[:, None]
 
 
 def count_labels(labels: Tensor, classes: Sequence[str]) -> str:
@@ -874,33 +1279,35 @@ def warp(
 
 
 def compress(images: Tensor, quality: int) -> Tensor:
-    """Store uint8 images (N, 1, H, W) as JPEG and read them again."""
+    """Store uint8 images (N, 1, H, W), on the CPU, as JPEG and read them again."""
     import torch
 
-    stored = []
-    for image in images[:, 0].cpu().numpy():
+    def store(image: np.ndarray) -> np.ndarray:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        stored.append(np.asarray(Image.open(buffer)))
-    return torch.from_numpy(np.stack(stored))[:, None].to(images.device)
+        return np.asarray(Image.open(buffer))
+
+    return torch.from_numpy(np.stack(list(_threads().map(store, images[:, 0].numpy()))))[:, None]
 
 
-def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Turn uint8 faces (N, 1, H, W) into varied, normalised network input (N, 1, size, size).
+def augment_faces(
+    images: Tensor, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Turn uint8 faces (N, 1, H, W), on the CPU, into varied, normalised input (N, 1, size, size).
 
     JPEG artefacts (a quarter of the images), coarsening (a quarter), mirroring, rotation, shift, scaling,
-    contrast, brightness, and cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here,
-    cover how detectors crop.
+    contrast, brightness, light from one side, one level around the outline of the face (an eighth), and
+    cutout of half the images (DeVries & Taylor 2017). The ranges, chosen here, cover how detectors crop.
     """
     import torch
     import torch.nn.functional as F
 
-    n, device = len(images), images.device
+    n = len(images)
     stored = torch.rand(n, generator=generator) < 1 / 4
     if stored.any():
         images = images.clone()
         images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
-    images = images.float() / 255
+    images = images.to(device).float() / 255
     coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
         coarse_size = int(torch.randint(16, 40, (1,), generator=generator))
@@ -909,12 +1316,21 @@ def augment_faces(images: Tensor, size: int, generator: torch.Generator) -> Tens
     images = warp(images, size, generator, degrees=15, shift=0.1, zoom=(0.7, 1.15))
     contrast = _uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
     brightness = _uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
+    side = torch.linspace(0, 1, size)
+    slopes = _uniform((n, 2, 1), -0.3, 0.3, generator) * (side - 0.5)  # (N, 2, size)
+    light = (slopes[:, 0, :, None] + slopes[:, 1, None, :])[:, None].to(device)
     means = images.mean((1, 2, 3), keepdim=True)
-    images = ((images - means) * contrast + means + brightness).clamp(0, 1)
+    images = ((images - means) * contrast + means + brightness + light).clamp(0, 1)
+    center, radius = _uniform((n, 2, 1), 0.45, 0.55, generator), _uniform((n, 2, 1), 0.38, 0.55, generator)
+    distance = ((side - center) / radius).square()
+    outside = (distance[:, 0, :, None] + distance[:, 1, None, :])[:, None] > 1
+    outside &= torch.rand((n, 1, 1, 1), generator=generator) < 1 / 8
+    level = _uniform((n, 1, 1, 1), -1, 1, generator).clamp(0, 1)  # black for half of them
+    images = torch.where(outside.to(device), level.to(device), images)
     images = (images - GRAY_MEAN) / GRAY_STD
     center, half = _uniform((n, 2, 1), 0, 1, generator), _uniform((n, 2, 1), 0.1, 0.25, generator)
     half *= torch.rand((n, 1, 1), generator=generator) < 0.5  # the other half stays whole
-    covers = (torch.linspace(0, 1, size) - center).abs() < half  # (N, 2, size)
+    covers = (side - center).abs() < half  # (N, 2, size)
     hole = covers[:, 0, :, None] & covers[:, 1, None, :]
     return images.masked_fill(hole[:, None].to(device), 0)
 
@@ -927,21 +1343,34 @@ def normalize_faces(images: Tensor, size: int) -> Tensor:
     return (images - GRAY_MEAN) / GRAY_STD
 
 
-def epoch_order(labels: Tensor, balance: float, generator: torch.Generator) -> Tensor:
-    """Draw an epoch's order, as many indices (N,) as labels, by systematic sampling.
+def epoch_order(
+    groups: Tensor, balance: float, generator: torch.Generator, weights: Tensor | None = None
+) -> Tensor:
+    """Draw an epoch's order, as many indices (N,) as group numbers, by systematic sampling.
 
-    A class of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes exactly once,
-    with 1 all classes come equally often. Images of a class differ in their number of draws by 1 at most.
+    A group (a class, say) of n images is drawn in proportion to n ** (1 - balance): with 0 each image comes
+    exactly once, with 1 all groups come equally often. Images of a group differ in their number of draws by 1
+    at most. `weights` (N,) then make an image come more often or less.
     """
     import torch
 
-    n = len(labels)
+    n = len(groups)
     shuffled = torch.randperm(n, generator=generator)
-    counts = torch.bincount(labels).double()
-    weights = counts[labels[shuffled]] ** -balance
+    counts = torch.bincount(groups).double()
+    weights = counts[groups[shuffled]] ** -balance * (1 if weights is None else weights[shuffled])
     positions = (torch.arange(n) + 0.5) / n * weights.sum()
     drawn = torch.searchsorted(weights.cumsum(0), positions.double()).clamp(max=n - 1)
     return shuffled[drawn][torch.randperm(n, generator=generator)]
+
+
+def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Split indices (N,) into batches; a last one of one image, no use to BatchNorm, joins the one before."""
+    import torch
+
+    batches = list(indices.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1 < batch_size:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 class FaceBatches:
@@ -952,8 +1381,10 @@ class FaceBatches:
     Args:
         images: (N, 1, S, S) uint8.
         labels: (N,) int64.
-        targets: (N, C) float32 shares of the classes, learned in the labels' place.
+        targets: (N, ...) float32 shares of the classes, learned in the labels' place.
         balance: see `epoch_order`.
+        groups: (N,) int64, what is balanced (default: the labels).
+        weights: (N,) float, how often a face comes.
         mixup: 0 for none; else, with targets, blend a batch's images each with another, by shares from
             Beta(mixup, mixup). Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
@@ -968,25 +1399,29 @@ class FaceBatches:
         *,
         targets: Tensor | None = None,
         balance: float = 0.0,
+        groups: Tensor | None = None,
+        weights: Tensor | None = None,
         mixup: float = 0.0,
         seed: int = 0,
     ):
         self.images, self.labels, self.device = images, labels, device
         self.targets = labels if targets is None else targets
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self.balance, self.mixup = balance, mixup
+        self.balance, self.groups, self.weights = balance, labels if groups is None else groups, weights
+        self.mixup = mixup
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, C)."""
+        """Yield an epoch's batches: inputs (n, 1, image_size, image_size) and targets (n,) or (n, ...)."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         random = np.random.default_rng((self.seed, epoch))
-        for indices in epoch_order(self.labels, self.balance, generator).split(self.batch_size):
-            images = augment_faces(self.images[indices].to(self.device), self.image_size, generator)
+        order = epoch_order(self.groups, self.balance, generator, self.weights)
+        for indices in split_batches(order, self.batch_size):
+            images = augment_faces(self.images[indices], self.image_size, generator, self.device)
             targets = self.targets[indices].to(self.device)
             if self.mixup:
                 share = random.beta(self.mixup, self.mixup)
@@ -1004,6 +1439,7 @@ class FaceBatches:
 # --- judging ---
 
 FIGURES = ("loss", "acc", "mean_recall", "ece")  # of `judge`, the single numbers
+ENOUGH = 200  # faces to fit a temperature to; a handful gave 0.055 or 20
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -1012,18 +1448,37 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
     return counts.reshape(num_classes, -1)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature that minimises the cross-entropy of logits (N, C) divided by it, within 0.05-20.
+def among(logits: Tensor, labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return logits (n, len(chosen)) and labels (n,) of the faces that are of the chosen classes alone."""
+    import torch
+
+    place = torch.full((logits.shape[1],), -1)
+    place[list(chosen)] = torch.arange(len(chosen))
+    is_chosen = place[labels] >= 0
+    return logits[is_chosen][:, list(chosen)], place[labels[is_chosen]]
+
+
+def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], parent: float) -> float:
+    """Find the temperature that minimises the cross-entropy of logits divided by it, within 0.5-5.
+
+    Args:
+        sets: logits (N, C) and labels (N,) of one or several sources; all count alike, whatever their size.
+        parent: what the network that training began with has; returned if there are under ENOUGH faces.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
     import torch.nn.functional as F
     from scipy.optimize import minimize_scalar
 
-    def loss(log_temperature: float) -> float:
-        return F.cross_entropy(logits / math.exp(log_temperature), labels).item()
+    sets = [(logits, labels) for logits, labels in sets if len(labels)]
+    if sum(len(labels) for _, labels in sets) < ENOUGH:
+        return parent
 
-    bounds = (math.log(0.05), math.log(20))
+    def loss(log_temperature: float) -> float:
+        scale = math.exp(-log_temperature)
+        return sum(F.cross_entropy(logits * scale, labels).item() for logits, labels in sets)
+
+    bounds = (math.log(0.5), math.log(5))
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
 
 
@@ -1079,12 +1534,13 @@ def report(
     *,
     temperature: float,
     classes: Sequence[str],
-    out_dir: Path,
+    out_dir: Path | None,
     subsets: dict[str, Tensor],
 ) -> None:
     """Print how good logits (N, C) are, also by class; write `split`.json, _confusion.png, _reliability.png.
 
     Args:
+        out_dir: None to write nothing.
         subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
     """
     import torch
@@ -1108,11 +1564,14 @@ def report(
             figures = judge(logits[mask], labels[mask], temperature, classes)
             record["subsets"][name] = {key: figures[key] for key in ("n", *FIGURES)}
             print(f"{split}, {name}: {line(figures)}")
+    if not out_dir:
+        return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    plotreliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
+    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
-    print(f"wrote {out_dir / f'{split}.json'}, {split}_confusion.png and {split}_reliability.png")
+    path = printable(out_dir / f"{split}.json")
+    print(f"wrote {path}, {split}_confusion.png and {split}_reliability.png")
 
 
 def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
@@ -1157,7 +1616,7 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
         figure.savefig(temporary, format="png", dpi=150)
 
 
-def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
+def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
     """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG."""
     from matplotlib.figure import Figure
 
@@ -1181,7 +1640,22 @@ def plotreliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> No
 
 FORMAT = 1
 STAGES = ("gray", "fer", "emotion")
-NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "model")
+NEEDED = ("stage", "arch", "classes", "image_size", "crop_margin", "temperature", "model")
+# Beyond what a run writes, last.pt of a resnet50 with averaged weights: 400 MB, 200 KB of it pickled.
+MAX_CHECKPOINT_BYTES, MAX_PICKLE_BYTES = 2**29, 2**22
+MAX_WEIGHTS = 2 * 25_600_000  # twice those of a resnet50
+# What pickles of tensors name. PyTorch would also let bytearray pass, which makes any amount of memory.
+HARMLESS = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Float|Half|BFloat16|Double|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch.save began before PyTorch 1.6
+ZIPPED = {  # a name in a zip archive, and what the archive is then
+    "constants.pkl": "a TorchScript program",
+    "model.weights.h5": "a model of Keras",
+    "[Content_Types].xml": "an office document",
+    ".npy": "arrays of NumPy",
+}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1198,7 +1672,141 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         with replacing(path, sync=True) as temporary:
             temporary.write_bytes(buffer.getbuffer())
     except OSError as error:
-        raise OSError(f"{error}; free some space and go on with --resume") from None
+        kept = "the former one is kept; " if path.exists() else ""
+        raise OSError(f"{error}; {kept}free some space and go on with --resume") from None
+
+
+def load_tensors(path: Path, expected: str) -> object:
+    """Return the tensors and plain values that torch.save wrote; nothing in the file is run.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        ValueError: it is something else, damaged, or says that it holds more than it does.
+    """
+    import torch
+
+    size = path.stat().st_size
+    try:
+        what = (
+            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
+        )
+        if not what:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
+                return content
+            what = "one whose tensors say that they are larger than the file"
+    except Exception as error:  # zipfile, pickletools and torch raise a dozen types for a damaged file
+        if isinstance(error, OSError) and error.filename:
+            raise
+        what = "cut off or damaged"
+    raise ValueError(f"{path} is not {expected}: it is {what}") from None
+
+
+def _foreign(path: Path) -> str:
+    """Return in words what a file is, "" if torch.save wrote it, of tensors and plain values only."""
+    with path.open("rb") as file:
+        head = file.read(512)
+        if head.startswith(LEGACY):
+            file.seek(0)
+            return next(filter(None, (_code_in(file) for _ in range(5))), "")  # of its five pickles
+    if not head.startswith(b"PK"):
+        return kind_of(head) or "text"
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for ending, kind in ZIPPED.items():
+            if any(entry.filename.endswith(ending) for entry in entries):
+                return kind
+        pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            return "a zip archive"
+        claimed = sum(entry.file_size for entry in entries)  # torch.save packs nothing
+        if claimed > path.stat().st_size or pickles[0].file_size > MAX_PICKLE_BYTES:
+            return "a zip archive that says that it holds more than a checkpoint does"
+        if archive.testzip():  # it compares checksums, which torch.load does not
+            raise zipfile.BadZipFile
+        return _code_in(io.BytesIO(archive.read(pickles[0])))
+
+
+def _code_in(file: BinaryIO) -> str:
+    """Read the next pickle of a file; return what it is, "" if it is of tensors and plain values."""
+    for operation, argument, position in pickletools.genops(file):
+        is_name = operation.name in {"GLOBAL", "STACK_GLOBAL", "INST"}
+        if is_name and not HARMLESS.fullmatch(str(argument)):
+            return f"a pickle with code in it ({str(argument or 'by name')[:50]}), which is not run"
+        if position > MAX_PICKLE_BYTES:
+            return f"a pickle of more than {MAX_PICKLE_BYTES >> 20} MB"
+    return ""
+
+
+def _tensors_in(content: object) -> Iterator[Tensor]:
+    """Yield the tensors in dicts, lists and tuples, however nested."""
+    import torch
+
+    rest = [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            rest += value.values() if isinstance(value, dict) else value
+
+
+def _foreign_content(content: object) -> str:
+    """Return in words what a file holds that is no checkpoint of this project."""
+    import torch
+
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if "format" in content:
+        return f"one of format {str(content['format'])[:20]}"
+    names = [str(name)[:20] for name in content]
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return f"a state dict, as torchvision's, weights alone ({', '.join(names[:2])}, ...)"
+    return f"one of another program, with {', '.join(names[:5])}"
+
+
+def check_classes(classes: object) -> None:
+    """Raise ValueError, with what is wrong, if these are no names of classes, which name folders too."""
+    if not isinstance(classes, list | tuple) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes that are no list of names")
+    for name in classes:
+        if not re.fullmatch(r"[^/\\]{1,100}", name) or name in {".", ".."} or printable(name) != name:
+            raise ValueError(f"a class of the name {name[:50]!r}")
+    if len(set(classes)) < len(classes):
+        raise ValueError("two classes of one name")
+
+
+def _check_values(checkpoint: dict) -> None:
+    """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
+    arch = checkpoint["arch"]
+    check_classes(checkpoint["classes"])
+    if arch not in ARCHS:
+        raise ValueError(f"the architecture {str(arch)[:20]!r}, expected one of {', '.join(ARCHS)}")
+    for name, kinds, low, high in (
+        ("image_size", int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        ("crop_margin", int | float, 0, 2),
+        ("temperature", int | float, 0.01, 100),
+    ):
+        value = checkpoint[name]
+        if not isinstance(value, kinds) or not low <= value <= high:
+            raise ValueError(f"{name} {str(value)[:20]}, expected {low} to {high}")
+
+
+def _check_weights(weights: object) -> None:
+    """Raise ValueError, with what is wrong, if weights cannot be those of a trained network."""
+    import torch
+
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise ValueError("no weights")
+    if sum(value.numel() for value in weights.values()) > MAX_WEIGHTS:
+        raise ValueError("more weights than any network of this toolkit")
+    for name, value in weights.items():
+        if not value.isfinite().all() or (str(name).endswith("running_var") and (value < 0).any()):
+            raise ValueError(f"weights that are not finite, in {name}, as diverged training leaves them")
 
 
 def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
@@ -1208,24 +1816,26 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: it is not a checkpoint of this project, or of none of the `stages`.
     """
-    import torch
-
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; an earlier stage writes it, see the README")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    expected = f"a checkpoint of this toolkit, format {FORMAT}"
+    checkpoint = load_tensors(path, expected)
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this toolkit, format {FORMAT}; train one, see the README"
-        )
+        what = _foreign_content(checkpoint)
+        raise ValueError(f"{path} is not {expected}: it is {what}; train one, see the README")
     missing = [name for name in NEEDED if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is a checkpoint without {', '.join(missing)}; train one, see the README")
     if checkpoint["stage"] not in stages:
         expected = " or ".join(repr(stage) for stage in stages)
-        raise ValueError(f"{path} has stage {checkpoint['stage']!r}, expected {expected}")
+        raise ValueError(f"{path} has stage {str(checkpoint['stage'])[:20]!r}, expected {expected}")
+    checkpoint.setdefault("default_classes", checkpoint["classes"])
+    checkpoint.setdefault("temperature_all", checkpoint.setdefault("temperature", 1.0))
+    try:
+        _check_values(checkpoint)
+        _check_weights(checkpoint["model"])
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}; train one, see the README") from None
     checkpoint["model"] = {
         name: value.float() if value.is_floating_point() else value
         for name, value in checkpoint["model"].items()
@@ -1280,7 +1890,7 @@ class Run:
     stage: str
     arch: str
     classes: Sequence[str]  # that the network learns
-    kept: Sequence[str]  # that the best checkpoint tells apart, some of `classes`
+    default_classes: Sequence[str]  # that it tells apart unless asked for more, some of `classes`
     image_size: int
     crop_margin: float
     config: dict  # the options, see `plain_config`
@@ -1294,10 +1904,11 @@ class Run:
 
         Raises:
             ValueError: the folder holds another run, and this is not its resumption; or it lacks the best
-                checkpoint of the run to resume.
+                checkpoint of the run to resume; or a class has a name that no checkpoint may have.
         """
         import torch
 
+        check_classes(self.classes)
         last, best = self.out_dir / "last.pt", self.out_dir / self.best_name
         if is_resumed and not best.exists():
             raise ValueError(f"{best} is not there, the best epoch so far; put it back, or train anew")
@@ -1313,35 +1924,35 @@ class Run:
         for name, text in data.items():
             print(f"{name}: {text}")
         print(f"parameters: {trained:,} of {sum(size for size, _ in sizes):,} learn")
-        print("config: " + " ".join(f"{key}={value}" for key, value in self.config.items()))
-        print(f"if it stops, go on with --resume {last}, written after every epoch", flush=True)
+        print(printable("config: " + " ".join(f"{key}={value}" for key, value in self.config.items())))
+        print(printable(f"if it stops, go on with --resume {last}, written after every epoch"), flush=True)
 
     def save_best(self, net: nn.Module, history: list[dict]) -> None:
-        """Write the best checkpoint: the head keeps the rows of `kept`."""
+        """Write the best checkpoint: of several heads (see `several_heads`), it keeps the first."""
         weights = dict(net.state_dict())
-        if list(self.kept) != list(self.classes):
-            rows = [self.classes.index(name) for name in self.kept]
-            weights |= {name: weights[name][rows] for name in ("fc.weight", "fc.bias")}
-        self._save(self.best_name, self.kept, half_precision(weights), history)
+        for name in {"fc.weight", "fc.bias"} & weights.keys():
+            weights[name] = weights[name][: len(self.classes)].clone()
+        self._save(self.best_name, half_precision(weights), history)
 
     def save_last(self, net: nn.Module, history: list[dict], **training_state: dict) -> None:
         """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
-        self._save("last.pt", self.classes, net.state_dict(), history, **training_state)
+        self._save("last.pt", net.state_dict(), history, **training_state)
         with replacing(self.out_dir / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(past) + "\n" for past in history), encoding="utf-8")
+            lines = [json.dumps(past, allow_nan=False) + "\n" for past in history]
+            temporary.write_text("".join(lines), encoding="utf-8")
 
-    def _save(
-        self, name: str, classes: Sequence[str], weights: dict, history: list[dict], **training_state: dict
-    ) -> None:
+    def _save(self, name: str, weights: dict, history: list[dict], **training_state: dict) -> None:
         record = history[-1]
         checkpoint = {
             "stage": self.stage,
             "arch": self.arch,
-            "classes": list(classes),
+            "classes": list(self.classes),
+            "default_classes": list(self.default_classes),
             "image_size": self.image_size,
             "crop_margin": self.crop_margin,
             "config": self.config,
             "temperature": record.get("temperature", 1.0),
+            "temperature_all": record.get("temperature_all", 1.0),
             "epoch": record["epoch"],
             "metrics": record,
             "history": history,
@@ -1386,7 +1997,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def learning_rate(progress: float, lr: float, warmup: float) -> float:
+def learning_rate(progress: float, lr: float, warmup: float = 0.05) -> float:
     """Cosine schedule with linear warm-up; `progress` and `warmup` are shares of the run, 0-1."""
     if progress < warmup:
         return lr * progress / warmup
@@ -1406,6 +2017,67 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
     )
 
 
+def average_weights(net: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of `net` that becomes the exponential moving average of its weights, BatchNorm's too.
+
+    In the first steps it forgets faster, (1 + n) / (10 + n) after n of them, so that a short run's average is
+    not what training began with. Source: the ramp of TensorFlow's ExponentialMovingAverage.
+    """
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    def update(averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
+
+    return AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+
+
+def train_epoch(
+    net: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    data: FaceBatches,
+    optimizer: torch.optim.Optimizer,
+    averaged: AveragedModel | None,
+    *,
+    schedule: Schedule,
+    epoch: int,
+) -> dict[str, float]:
+    """Train `net`, and `averaged`, for an epoch; return its number, last learning rate, mean loss and speed.
+
+    Raises:
+        ValueError: the loss is not finite any more.
+    """
+    import torch
+
+    train_mode(net)
+    start, seen, total_loss = time.perf_counter(), 0, 0.0
+    title = f"epoch {epoch}/{schedule.epochs}"
+    with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
+        for inputs, targets in data.train(epoch):
+            middle = (seen + len(inputs) / 2) / len(
+                data
+            )  # of this step: neither the first nor the last is of 0
+            lr = learning_rate((epoch - 1 + middle) / schedule.epochs, schedule.lr)
+            seen += len(inputs)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with autocast(inputs.device):
+                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if averaged:
+                averaged.update_parameters(net)
+            total_loss += loss.item() * len(inputs)
+            if not math.isfinite(total_loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {schedule.lr}"
+                )
+            bar.update(len(inputs))
+            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
+    speed = seen / (time.perf_counter() - start)
+    return {"epoch": epoch, "lr": lr, "train_loss": total_loss / seen, "images_per_s": speed}
+
+
 def fit(
     net: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -1417,7 +2089,7 @@ def fit(
     schedule: Schedule,
     resume: dict | None = None,
 ) -> list[dict]:
-    """Train `net` in place; return one record an epoch: epoch, lr, train_loss, `validate`'s, images_per_s.
+    """Train `net` in place; return one record an epoch: `train_epoch`'s figures and `validate`'s.
 
     Every stage runs this loop: they differ in data, criterion, `validate` and which parameters train.
 
@@ -1431,46 +2103,30 @@ def fit(
     Raises:
         ValueError: the loss is not finite any more.
     """
-    import torch
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    epochs, lr, weight_decay, ema = schedule
-    optimizer = build_optimizer(net, weight_decay)
-    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
+    optimizer = build_optimizer(net, schedule.weight_decay)
+    averaged = average_weights(net, schedule.ema) if schedule.ema else None
     history = []
     if resume:
         history = resume["history"]
-        optimizer.load_state_dict(resume["optimizer"])
-        net.load_state_dict(resume["model"])
-        if averaged:
-            averaged.load_state_dict(resume["averaged"])
-    for epoch in range(len(history) + 1, epochs + 1):
-        train_mode(net)
-        start, seen, total_loss = time.perf_counter(), 0, 0.0
-        bar = tqdm(total=len(data), desc=f"epoch {epoch}/{epochs}", unit="image", disable=None, leave=False)
-        for inputs, targets in data.train(epoch):
-            current_lr = learning_rate((epoch - 1 + seen / len(data)) / epochs, lr, warmup=0.05)
-            for group in optimizer.param_groups:
-                group["lr"] = current_lr
-            with autocast(inputs.device):
-                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        try:
+            net.load_state_dict(resume["model"])
+            optimizer.load_state_dict(resume["optimizer"])
             if averaged:
-                averaged.update_parameters(net)
-            total_loss += loss.item() * len(inputs)
-            if not math.isfinite(total_loss):
-                raise ValueError(f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {lr}")
-            seen += len(inputs)
-            bar.update(len(inputs))
-            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
-        bar.close()
-        speed = seen / (time.perf_counter() - start)
+                averaged.load_state_dict(resume["averaged"])
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(
+                "the run to resume had another network, other parts that learn, or no averages; "
+                "leave --arch, --unfreeze and --ema as they were"
+            ) from None
+    for epoch in range(len(history) + 1, schedule.epochs + 1):
+        record = train_epoch(net, criterion, data, optimizer, averaged, schedule=schedule, epoch=epoch)
         judged = averaged.module if averaged else net
-        record = {"epoch": epoch, "lr": current_lr, "train_loss": total_loss / seen, **validate(judged)}
-        history.append({**record, "images_per_s": speed})
-        print("  ".join(f"{name} {value:.4g}" for name, value in history[-1].items()), flush=True)
+        record |= validate(judged)
+        if not all(map(math.isfinite, record.values())):
+            raise ValueError(f"figures of epoch {epoch} are not finite; try a lower --lr than {schedule.lr}")
+        record["images_per_s"] = record.pop("images_per_s")  # the last column
+        history.append(record)
+        print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         if score(record) == max(map(score, history)):
             run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
@@ -1478,39 +2134,67 @@ def fit(
     return history
 
 
+def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean cross-entropy of logits (n, H * C) of H heads and targets (n, H, C) or (n, C).
+
+    A target's sum is how much its head matters, 0 for a head that does not learn from the face.
+    `label_smoothing` is the share that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+    """
+    weights = targets.sum(-1, keepdim=True)
+    smooth = (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1] * weights
+    return -(smooth * logits.view(targets.shape).log_softmax(-1)).flatten(1).sum(1).mean()
+
+
+def judge_sources(net: nn.Module, sets: dict[str, FaceBatches], run: Run, parent: dict) -> dict[str, float]:
+    """Judge the first head on each source's val faces; return the means over the sources and temperatures.
+
+    Args:
+        sets: by source; labels are indices of `run.classes`.
+        parent: the checkpoint that training began with, see `fit_temperature`.
+    """
+    chosen = [run.classes.index(name) for name in run.default_classes]
+    outputs = {name: evaluate(net, faces.eval()) for name, faces in sets.items()}
+    outputs = {name: (logits[:, : len(run.classes)], labels) for name, (logits, labels) in outputs.items()}
+    default = {name: among(logits, labels, chosen) for name, (logits, labels) in outputs.items()}
+    temperature = fit_temperature(default.values(), parent["temperature"])
+    judged = {
+        name: judge(logits, labels, temperature, run.default_classes)
+        for name, (logits, labels) in default.items()
+        if len(labels)
+    }
+    record = {f"val_{name}": statistics.fmean(part[name] for part in judged.values()) for name in FIGURES}
+    if len(sets) > 1:
+        record |= {f"{name}_acc": figures["acc"] for name, figures in judged.items()}
+    record["temperature"] = temperature
+    record["temperature_all"] = fit_temperature(outputs.values(), parent["temperature_all"])
+    return record
+
+
 def fit_classifier(
     net: nn.Module,
     train: FaceBatches,
-    val: FaceBatches,
+    val: dict[str, FaceBatches],
     *,
     run: Run,
     schedule: Schedule,
     label_smoothing: float,
+    parent: dict,
     resume: dict | None = None,
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint.
 
-    The best epoch has the lowest cross-entropy on val at its own temperature: of 2,479 faces, accuracy alone
-    is too noisy.
+    The best epoch has the lowest cross-entropy on val at its own temperature, as a mean over the sources: of
+    2,479 faces, accuracy alone is too noisy.
 
     Args:
-        train: its targets are over `run.classes`.
-        val: its labels are indices of `run.kept`.
-        label_smoothing: share of the target that is spread over all classes (Szegedy et al. 2016).
+        train: its targets are shares of `run.classes`, (n, C), or (n, H, C) for H heads.
+        val, parent: see `judge_sources`.
+        label_smoothing: see `soft_cross_entropy`.
     """
-    import torch.nn.functional as F
-
-    kept = [run.classes.index(name) for name in run.kept]
-
-    def criterion(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
 
     def validate(judged: nn.Module) -> dict[str, float]:
-        logits, labels = evaluate(judged, val.eval())
-        logits = logits[:, kept]
-        temperature = fit_temperature(logits, labels)
-        figures = judge(logits, labels, temperature, run.kept)
-        return {**{f"val_{name}": figures[name] for name in FIGURES}, "temperature": temperature}
+        return judge_sources(judged, val, run, parent)
 
     def score(record: dict) -> float:
         return -record["val_loss"]
@@ -1524,18 +2208,31 @@ def fit_classifier(
 # --- inference ---
 
 
+# What a converted network keeps of its checkpoint.
+NOTES = ("classes", "default_classes", "image_size", "crop_margin", "temperature", "temperature_all")
+
+
 class Classifier:
     """A trained network, ready to classify faces.
 
     Attributes:
-        classes: names, in the order of the probabilities.
+        classes: names that it tells apart, in the order of the probabilities.
+        default_classes: those that it tells apart unless asked for others.
         image_size: side of the network's input, pixels.
         crop_margin: for `crop_faces`.
         temperature: of the softmax.
     """
 
-    def __init__(self, path: Path, device: torch.device | str):
-        """Read a checkpoint of finetune_fer.py or finetune_emotion.py; raises as `load_checkpoint`."""
+    def __init__(self, path: Path, device: torch.device | str, emotions: Sequence[str] = ()):
+        """Read a checkpoint of finetune_fer.py or finetune_emotion.py.
+
+        Args:
+            emotions: which of the classes that it learned it is to tell apart, two or more; ("all",) for
+                all of them, () for those that its training made the default.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_checkpoint`, or it has not learned one of `emotions`.
+        """
 
         def build() -> Blueprint:
             import torch
@@ -1543,17 +2240,38 @@ class Classifier:
             checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
             network = from_pixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
             size = checkpoint["image_size"]
-            notes = {
-                name: checkpoint[name] for name in ("classes", "image_size", "crop_margin", "temperature")
-            }
+            notes = {name: checkpoint[name] for name in NOTES}
             return Blueprint(network, torch.zeros(2, size, size, 1), notes)
 
         key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
         notes = self._engine.notes
-        self.classes = tuple(notes["classes"])
+        self._path, self._notes = path, notes
+        self.default_classes = tuple(notes["default_classes"])
+        self._choose(emotions)
         self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
-        self.temperature = notes["temperature"]
+
+    def _choose(self, emotions: Sequence[str]) -> None:
+        """Set what depends on the classes to tell apart."""
+        learned = self._notes["classes"]
+        emotions = learned if list(emotions) == ["all"] else sorted(set(emotions)) or self.default_classes
+        if unknown := set(emotions) - set(learned):
+            raise ValueError(
+                f"{self._path} has not learned {', '.join(sorted(unknown))}; expected some of "
+                f"{', '.join(learned)}, or all"
+            )
+        if len(emotions) < 2:
+            raise ValueError(f"expected two or more of {', '.join(learned)}, got only {emotions[0]}")
+        self.classes = tuple(emotions)
+        self._columns = [learned.index(name) for name in emotions]
+        is_default = set(emotions) == set(self.default_classes)
+        self.temperature = self._notes["temperature" if is_default else "temperature_all"]
+
+    def among(self, emotions: Sequence[str]) -> Classifier:
+        """Return this classifier for other classes that it has learned; raises as the constructor."""
+        other = copy.copy(self)
+        other._choose(emotions)
+        return other
 
     def predict(self, image: Image.Image, boxes: np.ndarray) -> np.ndarray:
         """Classify the faces in `boxes` (N, 4) in one batch; return probabilities (N, C) float32."""
@@ -1574,7 +2292,9 @@ class Classifier:
             gray = crop.convert("L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
-        logits = logits / self.temperature
+        logits = logits[:, self._columns] / self.temperature
+        if not np.isfinite(logits).all():
+            raise ValueError("the model's weights are so large that it gives no probabilities; train it anew")
         weights = np.exp(logits - logits.max(1, keepdims=True))
         return weights / weights.sum(1, keepdims=True)
 
@@ -1582,23 +2302,46 @@ class Classifier:
 # --- command line ---
 
 
+def _ready_streams() -> None:
+    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    if sys.stdout is None:  # writing fails, as it does for other programs
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> None:
+    """Write what stdout still holds; raise OSError here, not at the end of the process, where it fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OSError(f"cannot write to standard output: {error.strerror}") from None
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorate a script's `main`: a user's mistake becomes one line on stderr, not a traceback.
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
-    code 1, and so does a closed stdout, silently; Ctrl-C ends with 130.
+    code 1, and so does a stdout that takes no more, silently if its reader has enough; Ctrl-C ends with 130.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        _ready_streams()
         try:
-            with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-                main(argv)  # the warning's error, at twice the size, stays
-        except BrokenPipeError:  # whoever reads stdout has enough; the rest must not raise again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            try:
+                with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+                    main(argv)  # the warning's error, at twice the size, stays
+            finally:
+                _flush_stdout()
+        except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {printable(error)}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -1632,6 +2375,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+def build_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a parser whose help begins with a script's docstring and ends with its last part, Usage."""
+    about, _, examples = doc.partition("Usage:\n")
+    epilog = f"examples:\n{examples}"
+    return argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=HelpFormatter)
+
+
 _SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(float, 0)
 # What several scripts understand; the default is the script's own.
 OPTIONS = {
@@ -1647,7 +2397,11 @@ OPTIONS = {
         "metavar": "CHECKPOINT",
         "help": "go on with an interrupted run from its last.pt, with its options; those given anew win",
     },
-    "image_size": {"type": number(int, 32, 512), "metavar": "PX", "help": "side of the input, pixels"},
+    "image_size": {
+        "type": number(int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
+        "metavar": "PX",
+        "help": "side of the input, pixels",
+    },
     "epochs": {"type": _COUNT, "metavar": "N", "help": "passes over the data"},
     "batch_size": {"type": _COUNT, "metavar": "N", "help": "images a step"},
     "lr": {"type": _NOT_NEGATIVE, "metavar": "X", "help": "peak learning rate of AdamW"},
@@ -1720,7 +2474,7 @@ def parse_with_resume(
     if not args.resume:
         return args, None
     resumed = load_checkpoint(args.resume, stages=(stage,))
-    if "optimizer" not in resumed:
+    if not all(isinstance(resumed.get(name), dict) for name in ("optimizer", "config")):
         raise ValueError(
             f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )

@@ -8,14 +8,15 @@ leads back to its row. Images keep their native 48 pixels; resizing belongs to t
 FER2013 repeats itself. --drop-duplicates cleans train and leaves val and test alone. It compares the pixels
 and labels of all rows read, before classes are chosen, and drops a train row for the first reason that fits:
 its image stands in val or test; its image has several labels (all its rows go); its image stood in train
-before. Rows are written as they come and dropped at the end: one pass, and memory for a digest a row.
+before. Images are written beside their place as rows come, and moved to it when all rows are read and sound:
+one pass, memory for a digest a row, and an old set stays whole until the new one is.
 
 FER+ (Barsoum et al. 2016, arXiv:1608.01041; fer2013new.csv of github.com/microsoft/FERPlus) holds, row for
 row, what ten people saw in each face. --ferplus writes their votes to `<out-dir>/votes.csv`.
 
 Usage:
-    python unpack_fer_data.py fer2013.csv
-    python unpack_fer_data.py fer2013.csv.xz --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer
+    python unpack_fer_data.py fer2013.csv --out-dir data/fer_all
+    python unpack_fer_data.py fer2013.csv --drop-duplicates --ferplus fer2013new.csv --out-dir data/fer_clean
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import hashlib
 import io
 import json
 import lzma
+import re
 import sys
 import zipfile
 import zlib
@@ -46,12 +48,17 @@ if TYPE_CHECKING:
 
 LABELS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")  # FER's 0 to 6
 USAGES = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
-# FER+'s column for each of LABELS; its contempt, unknown and "no face" are left out.
+# FER+'s column for each of LABELS; its others, of which NF means "no face", are left out.
 VOTES = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
+OTHER_VOTES = ("contempt", "unknown", "NF")
+VOTES_COLUMNS = ["Usage", "Image name", *VOTES]
 SIZE = 48  # pixels a side
 DROP_REASONS = ("in val or test", "with several labels", "repeated in train")  # in order of precedence
-MAX_HEADER_BYTES = 1000  # chosen here: FER's headers are shorter, and a binary file may have no line ends
-BROKEN_STREAM = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile)
+# Chosen here: FER's headers and rows are shorter, and a binary file may have no line ends.
+MAX_HEADER_BYTES, MAX_ROW_BYTES = 1000, 100_000
+MAX_MISPLACED = 0.01  # of FER+'s images, chosen here; known tables of 35,710 faces misplace two
+MAX_REPORTED = 5  # bad rows that are named; the others are counted
+BROKEN_STREAM = (EOFError, RuntimeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile)
 MANIFEST_FORMAT = "unpack_fer_data 1"
 
 
@@ -98,15 +105,17 @@ def open_csv(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO, list[str]]]:
     with path.open("rb") as raw:
         try:
             file = unpackers[suffix](raw) if suffix in unpackers else raw
+            kind = shared.kind_of(file.peek(512))
             columns = read_header(file)
         except BROKEN_STREAM as error:
             raise ValueError(
                 f"{path} is no sound {suffix} file ({error}); get it anew or rename it"
             ) from None
         if not {"emotion", "pixels"} <= set(columns):
+            what = f"is {kind}" if kind else f"starts with {','.join(columns)[:50]!r}"
             raise ValueError(
-                f"{path} starts with {','.join(columns)[:50]!r}, expected emotion, pixels and Usage; "
-                "pass fer2013.csv, icml_face_data.csv or train.csv from Kaggle"
+                f"{path} {what}, expected emotion, pixels and Usage; "
+                "pass fer2013.csv, icml_face_data.csv or train.csv, unpacked, from Kaggle"
             )
         yield file, raw, columns
 
@@ -152,8 +161,11 @@ def read_rows(file: BinaryIO, columns: list[str], limit: int | None) -> Iterator
     while limit is None or index < limit:
         number += 1
         try:
-            if not (line := file.readline()):
+            if not (line := file.readline(MAX_ROW_BYTES)):
                 return
+            part = line
+            while len(part) == MAX_ROW_BYTES and not part.endswith(b"\n"):
+                part = file.readline(MAX_ROW_BYTES)
             if not line.strip():
                 continue
             row = parse_row(line, index, columns)
@@ -169,13 +181,15 @@ def read_rows(file: BinaryIO, columns: list[str], limit: int | None) -> Iterator
 # --- writing ---
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write a gray image, unless the file holds just that already."""
+def write_png(path: Path, staging: Path, image: np.ndarray) -> None:
+    """Write a gray image into the folder `staging`, unless the file `path` holds just that already."""
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
-    # `replacing` would add a sixth to the whole run; it is the manifest that calls the images complete.
     if not path.exists() or path.read_bytes() != png.getvalue():
-        path.write_bytes(png.getvalue())
+        try:
+            (staging / path.name).write_bytes(png.getvalue())
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 def find_duplicates(rows: pd.DataFrame) -> pd.Series:
@@ -193,21 +207,51 @@ def find_duplicates(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(reasons, rows.index)[in_train & (reasons != "")]
 
 
+def parse_votes(cells: dict[str, str]) -> list:
+    """Return a row of FER+, cells by column, as VOTES_COLUMNS; ValueError if it is malformed."""
+    counts = {name: text.strip() for name, text in cells.items() if name in {*VOTES, *OTHER_VOTES}}
+    for name, text in counts.items():
+        if not re.fullmatch("[0-9]{1,3}", text):
+            raise ValueError(f"{text[:20]!r} votes for {name}, expected a whole number")
+    if not any(map(int, counts.values())):
+        raise ValueError("nobody voted")
+    return [cells["Usage"], cells.get("Image name", ""), *(int(counts[name]) for name in VOTES)]
+
+
 def read_votes(ferplus: Path) -> pd.DataFrame:
-    """Return FER+'s table: a face a row, its Usage and VOTES.
+    """Return FER+'s table: a face a row, its VOTES_COLUMNS.
 
     Raises:
-        ValueError: it is no CSV of that kind.
+        ValueError: it is no CSV of that kind, or a row is malformed.
     """
     import pandas as pd
 
-    try:
-        table = pd.read_csv(ferplus, dtype=dict.fromkeys(VOTES, int), encoding_errors="replace")
-    except (ValueError, OverflowError) as error:  # empty, ragged, or a vote is no whole number
-        raise ValueError(f"{ferplus} is not FER+'s fer2013new.csv: {str(error).strip()}") from None
-    if missing := {"Usage", *VOTES} - set(table.columns):
-        raise ValueError(f"{ferplus} lacks {', '.join(sorted(missing))}, expected FER+'s fer2013new.csv")
-    return table
+    rows = shared.read_table(ferplus, {"Usage", *VOTES}, parse_votes, "FER+'s fer2013new.csv")
+    return pd.DataFrame(rows, columns=VOTES_COLUMNS)
+
+
+def match_votes(votes: pd.DataFrame, rows: pd.DataFrame, num_rows: int, is_whole: bool) -> pd.DataFrame:
+    """Return the votes for the faces of `rows`, under the names of LABELS.
+
+    Args:
+        num_rows: of the table of faces, bad ones included.
+        is_whole: all its rows were read.
+
+    Raises:
+        ValueError: the two tables are not row for row.
+    """
+    names, splits = votes["Image name"].loc[lambda names: names != ""], votes["Usage"].map(USAGES)
+    if is_whole and len(votes) != num_rows:
+        reason = f"it has {len(votes)} rows and they {num_rows}"
+    elif (differs := splits.reindex(rows.index) != rows["split"]).any():
+        reason = f"row {differs.idxmax()} is not of the same split"
+    elif names.duplicated().any():
+        reason = f"it names {names[names.duplicated()].iloc[0]!r} twice"
+    elif (names < names.shift(fill_value="")).mean() > MAX_MISPLACED:
+        reason = "its images stand in another order"
+    else:
+        return votes.loc[rows.index, list(VOTES)].set_axis(LABELS, axis="columns")
+    raise ValueError(f"FER+ is not row for row with the faces: {reason}; get both files anew")
 
 
 def find_images(out_dir: Path) -> list[Path]:
@@ -231,15 +275,17 @@ def read_manifest(out_dir: Path) -> dict:
     path = out_dir / "manifest.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         manifest = json.loads(path.read_bytes())
-        if isinstance(manifest, dict) and manifest.get("format") == MANIFEST_FORMAT:
+        numbers = manifest if manifest["complete"] else {"rows": 0, "bad_rows": 0, "dropped": {}}
+        has_numbers = numbers["rows"] >= numbers["bad_rows"] >= 0 and isinstance(numbers["dropped"], dict)
+        if manifest["format"] == MANIFEST_FORMAT and isinstance(manifest["source"], dict) and has_numbers:
             return manifest
     raise ValueError(f"{path} is not this script's ({MANIFEST_FORMAT}); choose another --out-dir")
 
 
-def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
-    """Make the folder ready for the images of `source`, under a manifest that calls them incomplete.
+def check_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
+    """Check that the folder may get the images of `source`.
 
     Raises:
         ValueError: it holds the images of another source, or none of this script's.
@@ -252,22 +298,44 @@ def claim_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
         raise ValueError(
             f"{out_dir} holds images made otherwise ({changed}); choose another --out-dir or add --overwrite"
         )
-    if overwrite:
-        (out_dir / "votes.csv").unlink(missing_ok=True)
-        for path in images:
-            path.unlink()
-        for folder in {path.parent for path in images}:
-            with contextlib.suppress(OSError):  # it holds other files too
-                folder.rmdir()  # an empty folder would pass for a class
+
+
+def check_rows(path: Path, numbers: dict, max_bad: float) -> None:
+    """Print how many rows were read; raise ValueError if too many of them are bad."""
+    rows, bad = numbers["rows"], numbers["bad_rows"]
+    print(f"{rows} rows read, {bad} of them bad and skipped", file=sys.stderr)
+    if rows == 0 or bad > max_bad * rows:
+        wanted = f"rows, at most {max_bad:.2%} of them bad (--max-bad)"
+        raise ValueError(f"{path} has {bad} bad rows out of {rows}, expected {wanted}; get it anew")
+
+
+def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) -> None:
+    """Move the images of `staging` to their place, the paths `kept`, and remove all others of this script.
+
+    The manifest calls the folder incomplete from here until `main` writes it anew.
+    """
+    claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
+    shared.save_json(out_dir / "manifest.json", claim)
     for split in USAGES.values():
         for emotion in source["emotions"]:
             (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
-    claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
-    shared.save_json(out_dir / "manifest.json", claim)
+    for path in kept:
+        with contextlib.suppress(FileNotFoundError):  # it is in its place already
+            (staging / path.name).replace(path)
+    others = set(find_images(out_dir)) - set(kept)
+    for path in others:
+        path.unlink()
+    for folder in {path.parent for path in others if path.parts[-2] not in source["emotions"]}:
+        with contextlib.suppress(OSError):  # it holds other files too
+            folder.rmdir()  # an empty folder would pass for a class
 
 
-def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwrite: bool) -> dict:
+def unpack(
+    path: Path, out_dir: Path, source: dict, *, ferplus: Path | None, overwrite: bool, max_bad: float
+) -> dict:
     """Write the images that `source` asks for; return the numbers of `rows`, `bad_rows` and `dropped`.
+
+    What the folder holds is touched only when all of the new is there and sound.
 
     Raises:
         ValueError: a table or the folder is not fit, or the folder holds images of unknown origin as well.
@@ -275,39 +343,46 @@ def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwr
     import pandas as pd
 
     found, num_bad, written, dropped = [], 0, {}, dict.fromkeys(DROP_REASONS, 0)
-    with open_csv(path) as (file, raw, columns):
+    with open_csv(path) as (file, raw, columns), shared.temporary_folder(out_dir) as staging:
         votes = read_votes(ferplus) if ferplus else None
-        claim_folder(out_dir, source, overwrite)
+        check_folder(out_dir, source, overwrite)
         if "usage" not in columns:
-            print(f"{path} has no column Usage: all its rows go to train", file=sys.stderr)
+            line = f"{path} has no column Usage: all its rows go to train"
+            print(shared.printable(line), file=sys.stderr)
         with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar:
             for number, row in read_rows(file, columns, source["limit"]):
                 bar.update(raw.tell() - bar.n)
                 if isinstance(row, str):
-                    bar.write(f"{path}, line {number}: {row}; skipped", file=sys.stderr)
                     num_bad += 1
+                    if num_bad <= MAX_REPORTED:
+                        bar.write(shared.printable(f"{path}, line {number}: {row}; skipped"), file=sys.stderr)
                     continue
                 digest = hashlib.blake2b(row.image, digest_size=16).digest()
                 found.append((row.index, row.split, row.emotion, digest))
                 if row.emotion in source["emotions"]:
                     written[row.index] = out_dir / row.split / row.emotion / f"{row.index:05d}.png"
-                    write_png(written[row.index], row.image)
-    rows = pd.DataFrame(found, columns=["row", "split", "emotion", "digest"]).set_index("row")
+                    write_png(written[row.index], staging, row.image)
+        if num_bad > MAX_REPORTED:
+            print(shared.printable(f"{path}: {num_bad - MAX_REPORTED} more such lines"), file=sys.stderr)
+        rows = pd.DataFrame(found, columns=["row", "split", "emotion", "digest"]).set_index("row")
+        if ferplus:
+            votes = match_votes(votes, rows, len(rows) + num_bad, is_whole=source["limit"] is None)
+        strangers = set(find_images(out_dir)) - set(written.values())
+        if strangers and not overwrite:
+            num = len(strangers)
+            raise ValueError(f"{out_dir} holds {num} images that are not from {path}; move them elsewhere")
+        if source["drop_duplicates"]:
+            for index, reason in find_duplicates(rows).items():
+                dropped[reason] += written.pop(index, None) is not None
+        numbers = {"rows": len(rows) + num_bad, "bad_rows": num_bad, "dropped": dropped}
+        check_rows(path, numbers, max_bad)
+        publish(staging, list(written.values()), out_dir, source)
     if ferplus:
-        if (votes["Usage"].map(USAGES).reindex(rows.index) != rows["split"]).any():
-            raise ValueError(f"{ferplus} is not row for row with the faces; get both files anew")
-        votes = votes.loc[rows.index, list(VOTES)].set_axis(LABELS, axis="columns")
         with shared.replacing(out_dir / "votes.csv") as temporary:
             votes.to_csv(temporary, index_label="row", lineterminator="\r\n")
-    if source["drop_duplicates"]:
-        for index, reason in find_duplicates(rows).items():
-            if index in written:
-                written.pop(index).unlink()
-                dropped[reason] += 1
-    if strangers := set(find_images(out_dir)) - set(written.values()):
-        num = len(strangers)
-        raise ValueError(f"{out_dir} holds {num} images that are not from {path}; move them elsewhere")
-    return {"rows": len(rows) + num_bad, "bad_rows": num_bad, "dropped": dropped}
+    elif overwrite:
+        (out_dir / "votes.csv").unlink(missing_ok=True)
+    return numbers
 
 
 # --- command line ---
@@ -315,7 +390,7 @@ def unpack(path: Path, out_dir: Path, source: dict, ferplus: Path | None, overwr
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
+    parser = shared.build_parser(__doc__)
     add = parser.add_argument
     add("csv", type=Path, help="fer2013.csv, icml_face_data.csv or train.csv; plain, .gz, .xz or .zip")
     shared.add_options(parser, out_dir=Path("data/fer"))
@@ -351,27 +426,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_done = not args.overwrite and manifest == manifest | finished | count_images(args.out_dir)
     is_done &= not args.ferplus or (args.out_dir / "votes.csv").exists()
     if is_done:
-        print(f"{args.out_dir} is complete already", file=sys.stderr)
+        print(shared.printable(f"{args.out_dir} is complete already"), file=sys.stderr)
+        check_rows(args.csv, manifest, args.max_bad)
     else:
-        numbers = unpack(args.csv, args.out_dir, source, args.ferplus, args.overwrite)
-        manifest = finished | numbers | count_images(args.out_dir)
-    rows, bad = manifest["rows"], manifest["bad_rows"]
-    print(f"{rows} rows read, {bad} of them bad and skipped", file=sys.stderr)
-    if rows == 0 or bad > args.max_bad * rows:
-        wanted = f"rows, at most {args.max_bad:.2%} of them bad (--max-bad)"
-        raise ValueError(f"{args.csv} has {bad} bad rows out of {rows}, expected {wanted}; get it anew")
+        options = {"ferplus": args.ferplus, "overwrite": args.overwrite, "max_bad": args.max_bad}
+        with shared.only_run_in(args.out_dir):
+            numbers = unpack(args.csv, args.out_dir, source, **options)
+            manifest = finished | numbers | count_images(args.out_dir)
+            shared.save_json(args.out_dir / "manifest.json", manifest)
     if args.drop_duplicates:
         dropped = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
         print(f"dropped from train: {dropped}", file=sys.stderr)
-    if not is_done:
-        shared.save_json(args.out_dir / "manifest.json", manifest)
 
     import pandas as pd  # here, for --help does without
 
     table = pd.DataFrame(manifest["counts"]).T[source["emotions"]].rename_axis(columns="split")
     table["total"] = table.sum(axis="columns")
     print(table.to_string(col_space=dict.fromkeys(table, 10)))
-    print(f"images in {args.out_dir}")
+    print(shared.printable(f"images in {args.out_dir}"))
 
 
 if __name__ == "__main__":

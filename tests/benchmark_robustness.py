@@ -86,7 +86,7 @@ def main() -> None:
     """Print a table of accuracies, and as the last line JSON."""
     args = parse_args()
     classifier = shared.Classifier(args.model, shared.pick_device(args.device))
-    images, labels, _ = shared.load_faces(args.data_dir / args.split, classifier.classes, args.limit)
+    images, labels, _ = shared.load_faces(args.data_dir, args.split, classifier.classes, limit=args.limit)
     accuracies = {}
     for name, harm in HARMS.items():
         crops = [Image.fromarray(harm(image[0].numpy())) for image in images]

@@ -146,7 +146,7 @@ def write_checkpoint(
 ) -> Path:
     """Write what a stage writes of a network."""
     run = shared.Run(path.parent, stage, arch, classes, classes, image_size, crop_margin, {}, path.name)
-    run.save_best(net, [{"epoch": 1, "temperature": temperature}])
+    run.save_best(net, [{"epoch": 1, "temperature": temperature, "temperature_all": temperature}])
     return path
 
 
@@ -234,3 +234,15 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def address_space_limit(num_bytes: int) -> Iterator[None]:
+    """Let this process take no more memory than it has and `num_bytes`."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1024 * int(status["VmSize"].split()[0]) + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,23 +1,29 @@
 import csv
 import errno
+import fnmatch
 import itertools
 import json
 import os
+import signal
 import struct
 import zlib
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageCms, ImageColor, ImageDraw
+from conftest import address_space_limit, file_size_limit
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor, ImageDraw
+from test_detect_video import OUTPUTS, write_video
 from tiny_resnet import ARCH
 
 import detect_emotions
 import model as shared
 from detect_emotions import (
     COLORS,
+    MARK,
     MIN_FONT_SIZE,
     NUM_PLACES,
     class_colors,
@@ -342,14 +348,12 @@ def test_rgb_color_profile_is_kept_and_others_are_not(read, portrait, tmp_path):
     assert all(profile == rgb for profile in profiles.values())
 
 
-def test_copies_never_overwrite_photos_or_each_other(run, portrait, tmp_path):
-    for name in ("a/photo.png", "b/photo.png", "a/photo_emotions.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        portrait.save(tmp_path / name)
+def test_copies_never_overwrite_inputs(run, portrait, tmp_path):
+    a, marked = tmp_path / "photo.png", tmp_path / "photo_emotions.png"
+    for path in (a, marked):
+        portrait.save(path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
-    a, b, marked = tmp_path / "a/photo.png", tmp_path / "b/photo.png", tmp_path / "a/photo_emotions.png"
     for args, named in (
-        ((a, b, "--out-dir", tmp_path / "out"), (a, b)),
         ((a, marked), (a, marked)),
         ((a, "--out-dir", tmp_path / "out", "--csv", a), (a,)),
         ((a, "--out-dir", tmp_path / "out", "--csv", tmp_path / "out/photo_emotions.png"), ()),
@@ -401,7 +405,7 @@ def test_failed_write_leaves_the_earlier_copy(run, portrait, tmp_path, monkeypat
     portrait.save(tmp_path / "photo.png")
     (tmp_path / "photo_emotions.png").write_bytes(b"earlier")
     monkeypatch.setattr(Image.Image, "save", fill_the_disk)
-    code, out, err = run(tmp_path / "photo.png")
+    code, out, err = run(tmp_path / "photo.png", "--overwrite")
     assert (code, out) == (1, "")
     assert err == f"error: cannot write {tmp_path / 'photo_emotions.png'}: No space left on device\n"
     assert {path.name for path in tmp_path.iterdir()} == {"photo.png", "photo_emotions.png"}
@@ -417,6 +421,369 @@ def test_font_option_changes_the_label(run, portrait, tmp_path):
     code, out, err = run(tmp_path / "photo.png", "--font", SAMPLE)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {SAMPLE} is not a font")
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def small(portrait):
+    """The portrait as small as its face is still found."""
+    return portrait.resize((110, 120))
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+def table_rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def labelled(out):
+    return [Path(line.split("\t")[0]).name for line in out.splitlines()]
+
+
+def test_files_of_a_folder_that_are_not_taken_are_counted_by_reason(run, small, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    for name in ("a.png", "b.png", "deeper/c.png"):
+        small.save(tmp_path / name)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "no suffix").touch()
+    (tmp_path / "._a.png").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X")  # as macOS makes it on USB sticks
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    code, out, err = run(tmp_path)
+    assert (code, labelled(out)) == (1, ["a.png", "b.png"])
+    error, left_out = err.splitlines()
+    assert error.startswith(f"error: {tmp_path / 'cut.png'} cannot be read")
+    assert left_out == (
+        "left out: subfolder (see --recursive) 1, side file of macOS 1, not a regular file 2, "
+        "unknown suffix 2, failed, see above 1"
+    )
+    _, out, err = run(tmp_path)
+    assert out == ""
+    assert "made by this program 2" in err
+    assert "finished before (--overwrite does it again) 2" in err
+
+
+def test_pipes_devices_and_addresses_are_refused(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (tmp_path / "pipe.png", "/dev/zero", "https://example.org/a.jpg", "rtsp://10.0.0.1/stream"):
+        code, out, err = run(SAMPLE, name, "--out-dir", tmp_path / "out")
+        assert (code, out) == (1, "")
+        kind = "an address; name a file" if "://" in str(name) else "a pipe or a device; save what it gives"
+        assert err.startswith(f"error: {name} is {kind}")
+    assert names(tmp_path) == ["pipe.png"]
+
+
+def test_links_to_folders_are_not_followed_but_counted(run, small, tmp_path):
+    (tmp_path / "deeper").mkdir()
+    small.save(tmp_path / "deeper" / "a.png")
+    (tmp_path / "deeper" / "loop").symlink_to(tmp_path)
+    code, out, err = run(tmp_path, "--recursive")
+    assert (code, labelled(out), err) == (0, ["a.png"], "left out: linked folder 1\n")
+
+
+def test_folder_of_other_files_is_named_with_what_it_has(run, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    code, out, err = run(tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        f"error: {tmp_path} has no photos or videos (left out: unknown suffix 1); name files"
+    )
+
+
+def test_brackets_in_a_folders_name_are_no_pattern(run, small, tmp_path):
+    folder = tmp_path / "hol[2019]"
+    folder.mkdir()
+    small.save(folder / "a.png")
+    assert labelled(run(folder)[1]) == ["a.png"]
+    assert labelled(run(folder / "*.png", "--overwrite")[1]) == ["a.png"]
+    assert labelled(run(folder / "[ab].png", "--overwrite")[1]) == ["a.png"]
+    _, _, err = run(folder / "missing.png")
+    assert err == f"error: {folder / 'missing.png'} cannot be read: No such file or directory\n"
+
+
+def test_names_that_are_no_utf8_or_act_on_a_terminal_reach_the_table(run, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (b"caf\xe9.png", "日本.png".encode(), b"a\tb\n\x1b[2J.png", b"=1+1.png", b"-x.png"):
+        small.save(os.fsdecode(name))
+    code, out, err = run("*.png", "--csv", "t.csv")
+    assert (code, err) == (0, "")
+    written = ["-x.png", "=1+1.png", r"a\tb\n\x1b[2J.png", r"caf\udce9.png", "日本.png"]
+    assert [line.split("\t")[0] for line in out.splitlines()] == written
+    assert [row["file"] for row in table_rows(Path("t.csv"))] == ["'-x.png", "'=1+1.png", *written[2:]]
+
+
+def test_photo_that_needs_more_memory_than_there_is_does_not_stop_the_rest(run, small, tmp_path):
+    small.save(tmp_path / "a.png")
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "b.png")  # 20 kB, 576 MB in memory
+    small.save(tmp_path / "c.png")
+    assert run(tmp_path / "a.png")[0] == 0  # so the networks are loaded
+    with address_space_limit(300 * 2**20):
+        code, out, err = run(tmp_path, "--overwrite")
+    assert (code, labelled(out)) == (1, ["a.png", "c.png"])
+    assert err.startswith(f"error: {tmp_path / 'b.png'} needs more memory than there is\nleft out: ")
+
+
+# --- names and marks of outputs ---
+
+
+COPIES = ("avif", "bmp", "jpg", "jp2", "png", "tif", "webp")
+
+
+def test_folder_labelled_twice_does_not_take_its_own_copies(run, small, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    large = profile + np.random.default_rng(0).bytes(10**6)  # stands before the mark of a PNG
+    for suffix in COPIES:
+        small.save(tmp_path / f"{suffix}.{suffix}", icc_profile=large if suffix == "png" else profile)
+    assert run(tmp_path)[0] == 0
+    made = names(tmp_path)
+    assert made == sorted(
+        f"{name}.{name.split('_')[0]}" for each in COPIES for name in (each, f"{each}_emotions")
+    )
+    assert run(tmp_path)[:2] == (0, "")
+    assert run(tmp_path, "--overwrite")[0] == 0
+    assert run(*(tmp_path / name for name in made))[0] == 0  # as *.* of a shell
+    assert names(tmp_path) == made
+
+
+def test_own_file_with_the_name_of_a_copy_is_replaced_only_by_overwrite(run, small, tmp_path):
+    photo, own = tmp_path / "x.png", tmp_path / "x_emotions.png"
+    for path in (photo, own, tmp_path / "y.png"):
+        small.save(path)
+    before = own.read_bytes()
+    for args, others in (([photo], []), ([tmp_path], ["y.png"]), ([photo, "--json"], [])):
+        code, out, err = run(*args)
+        assert (code, labelled(out)) == (1, others)
+        assert err.startswith(
+            f"error: {own} does not say that this program wrote it; --overwrite replaces it"
+        )
+    assert (names(tmp_path), own.read_bytes()) == (["x.png", own.name, "y.png", "y_emotions.png"], before)
+    assert run(own, "--out-dir", tmp_path / "out")[0] == 0
+    assert names(tmp_path / "out") == ["x_emotions_emotions.png"]
+    code, out, err = run(tmp_path, "--overwrite")
+    assert (code, labelled(out)) == (0, ["x.png", "y.png"])
+    assert own.read_bytes() != before
+    assert labelled(run(photo)[1]) == ["x.png"]  # the copy is marked now
+
+
+def test_own_file_named_as_a_copy_is_an_input_of_its_folder(run, small, tmp_path):
+    small.save(tmp_path / "mixed_emotions.png")
+    assert labelled(run(tmp_path)[1]) == ["mixed_emotions.png"]
+    assert run(tmp_path)[1] == ""
+    assert names(tmp_path) == ["mixed_emotions.png", "mixed_emotions_emotions.png"]
+
+
+def test_table_is_replaced_only_by_its_like_or_by_overwrite(run, small, tmp_path):
+    photo, table = tmp_path / "x.png", tmp_path / "faces.csv"
+    small.save(photo)
+    table.write_text("name,phone\nAda,1\n")
+    code, out, err = run(photo, "--csv", table)
+    assert (code, out, table.read_text()) == (1, "", "name,phone\nAda,1\n")
+    assert err.startswith(f"error: {table} does not say that this program wrote it; --overwrite replaces it")
+    for options in (["--overwrite"], []):
+        assert run(photo, "--csv", table, *options)[0] == 0
+        assert [row["face"] for row in table_rows(table)] == ["1"]
+
+
+@pytest.mark.parametrize("option", ["--csv", "--out-dir"])
+def test_output_that_cannot_be_written_is_found_before_the_first_photo(run, small, tmp_path, option):
+    small.save(tmp_path / "x.png")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere/else")
+    places = {"file/below": "Not a directory", "link/below": "No such file or directory"}
+    places |= {"folder": "Is a directory", "/dev/null": "Not a regular file"} if option == "--csv" else {}
+    for place, reason in places.items():
+        code, out, err = run(tmp_path / "x.png", option, tmp_path / place)
+        path = tmp_path / place / ("" if option == "--csv" else "x_emotions.png")
+        assert (code, out, err) == (1, "", f"error: cannot write {path}: {reason}")
+    assert names(tmp_path) == ["file", "link", "x.png"]
+
+
+@pytest.mark.parametrize(
+    ("photos", "copies"),
+    [
+        (["a.gif", "a.png"], ["a.gif_emotions.png", "a.png_emotions.png"]),
+        (["one/b.png", "two/b.png"], ["one_b.png_emotions.png", "two_b.png_emotions.png"]),
+        (["one/x/b.png", "two/x/b.png"], ["one_x_b.png_emotions.png", "two_x_b.png_emotions.png"]),
+        (["c.png", "C.png", "d.png"], ["C.png_*_emotions.png", "c.png_*_emotions.png", "d_emotions.png"]),
+        (["e.PNG", "e.png"], ["e.PNG_*_emotions.PNG", "e.png_*_emotions.png"]),
+        (["fé.png", "fe\u0301.png"], ["fe\u0301.png_*_emotions.png", "fé.png_*_emotions.png"]),
+        (
+            ["a/b.png", "b.png", "a_b.png.png"],
+            ["a_b.png.png_*_emotions.png", "a_b.png_*_emotions.png", "b.png_emotions.png"],
+        ),
+    ],
+)
+def test_names_that_collide_are_told_apart_whatever_the_order(run, small, tmp_path, photos, copies):
+    for name in photos:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        small.save(tmp_path / name)
+    paths, found = [tmp_path / name for name in photos], []
+    for out, inputs in (("out", paths), ("back", paths[::-1]), ("out", paths)):
+        code, _, err = run(*inputs, "--out-dir", tmp_path / out)
+        assert (code, err) == (0, "")
+        found.append(names(tmp_path / out))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == len(photos)
+    assert all(map(fnmatch.fnmatchcase, found[0], copies)), found[0]
+
+
+def test_copy_carries_the_colour_profile_and_the_mark_and_nothing_private(run, small, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = exif[ExifTags.Base.Software] = "private"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSMapDatum] = "private"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.MakerNote] = b"private"
+    options = {
+        "exif": exif,
+        "xmp": b"<x:xmpmeta>private</x:xmpmeta>",
+        "comment": "private",
+        "icc_profile": profile,
+    }
+    for suffix in ("avif", "jpg", "jp2", "png", "tif", "webp"):
+        photo, copy = tmp_path / f"x.{suffix}", tmp_path / f"x_emotions.{suffix}"
+        small.save(photo, **options)
+        assert b"private" in photo.read_bytes()
+        assert run(photo)[0] == 0
+        assert b"private" not in copy.read_bytes()
+        with Image.open(copy) as image:
+            assert image.info.get("icc_profile") == (None if suffix == "jp2" else profile)
+            kept = dict(image.getexif()).items()
+            assert {value for tag, value in kept if tag > 0x0120 and isinstance(value, str)} <= {MARK}
+
+
+def test_copy_of_a_video_carries_the_mark_and_nothing_private(run, small, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 3, sound="aac")
+    photo_app = {"movflags": "use_metadata_tags"}
+    with av.open(str(clip)) as source, av.open(str(tmp_path / "x.mov"), "w", options=photo_app) as output:
+        output.metadata.update({"com.apple.quicktime.location.ISO6709": "private", "comment": "private"})
+        streams = [output.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                output.mux(packet)
+    assert (tmp_path / "x.mov").read_bytes().count(b"private") == 2
+    assert run(tmp_path / "x.mov")[0] == 0
+    copy = (tmp_path / "x_emotions.mp4").read_bytes()
+    assert (copy.count(b"private"), copy.count(MARK.encode())) == (0, 1)
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_nothing_half_and_the_next_one_clears_up(run, start, small, tmp_path):
+    write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 5)
+    small.save(tmp_path / "x.png")
+    stop = Path(__file__).with_name("stop_at.py")
+    for name in ("clip_emotions_timeline.png", "x_emotions.png"):
+        process = start(stop, "SIGKILL", 1, name, detect_emotions.__file__, tmp_path)
+        assert process.wait() == -signal.SIGKILL
+        assert any(path.suffix == ".tmp" for path in tmp_path.iterdir())
+        assert not (tmp_path / name).exists()
+    assert run(tmp_path)[0] == 0
+    assert names(tmp_path) == ["clip.mp4", *sorted(OUTPUTS), "x.png", "x_emotions.png"]
+
+
+def test_two_runs_over_one_folder_both_end_whole(run, start, small, tmp_path):
+    write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 5)
+    small.save(tmp_path / "x.png")
+    stop = Path(__file__).with_name("stop_at.py")
+    first = start(stop, "SIGSTOP", 1, "clip_emotions.mp4", detect_emotions.__file__, tmp_path)
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED)  # with all outputs of the video in the making
+    assert run(tmp_path)[0] == 0
+    made = {name: (tmp_path / name).read_bytes() for name in names(tmp_path) if not name.endswith(".tmp")}
+    first.send_signal(signal.SIGCONT)
+    assert (first.communicate()[1], first.returncode) == ("", 0)
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == made
+
+
+def test_table_of_videos_has_their_faces_frame_by_frame(run, small, tmp_path):
+    clip = Image.new("RGB", (320, 180))
+    clip.paste(small)
+    write_video(tmp_path / "clip.mp4", [clip] * 3)
+    table = tmp_path / "out" / "t.csv"
+    assert run(tmp_path, "--out-dir", table.parent, "--csv", table)[0] == 0
+    rows = table_rows(table)
+    assert [(row["face"], row["frame"], row["track"]) for row in rows] == [
+        ("1", str(i), "1") for i in range(3)
+    ]
+    for row, of_video in zip(rows, table_rows(table.parent / "clip_emotions.csv"), strict=True):
+        assert row == {"file": str(tmp_path / "clip.mp4"), "face": "1", **of_video}
+    small.save(tmp_path / "a.png")
+    assert run(tmp_path, "--out-dir", table.parent, "--csv", table)[0] == 0
+    photo, *others = table_rows(table)
+    assert (photo["file"], photo["face"], photo["frame"]) == (str(tmp_path / "a.png"), "1", "")
+    assert others == rows
+
+
+# --- what is not to reach the reader ---
+
+
+def write_model(path, classes, scale=1.0):
+    """Write a tiny model that always says the first of its classes, its inner values times `scale`."""
+    network = shared.gray_resnet(ARCH, len(classes))
+    torch.nn.init.constant_(network.bn1.weight, scale)
+    torch.nn.init.constant_(network.fc.weight, scale)
+    network.fc.bias.data = torch.tensor([3.0, *[0.0] * (len(classes) - 1)])
+    about = {"stage": "fer", "arch": ARCH, "classes": classes, "image_size": 64, "crop_margin": 0.0}
+    shared.save_checkpoint(path, {**about, "temperature": 1.0, "model": network.state_dict()})
+    return path
+
+
+def test_classes_that_look_like_formulas_are_text_in_tables_and_control_characters_are_refused(
+    run, small, tmp_path
+):
+    small.save(tmp_path / "x.png")
+    write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 3)
+    model, table = write_model(tmp_path / "best.pt", ("=1+1", "happy")), tmp_path / "t.csv"
+    code, out, _ = run(tmp_path, "--model", model, "--csv", table)
+    assert (code, [line.split("\t")[2] for line in out.splitlines()]) == (0, ["=1+1", "=1+1"])
+    for path in (table, tmp_path / "clip_emotions.csv", tmp_path / "clip_emotions_tracks.csv"):
+        assert {row["emotion"] for row in table_rows(path)} == {"'=1+1"}
+    code, out, err = run(tmp_path, "--model", write_model(tmp_path / "bad.pt", ("a\x1b[2J\nb", "happy")))
+    assert (code, out, err.isprintable()) == (1, "", True)
+
+
+def test_model_that_gives_nan_is_an_error_not_a_label(run, small, tmp_path):
+    small.save(tmp_path / "x.png")
+    model = write_model(tmp_path / "best.pt", shared.EMOTIONS, scale=1e38)  # finite, what it computes is not
+    for options in ([], ["--json"]):
+        code, out, err = run(tmp_path / "x.png", "--model", model, *options)
+        assert (code, out) == (1, "")
+        assert (err.startswith("error: the model's weights are so large"), err.count("\n")) == (True, 1)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_full_stdout_ends_the_run_with_one_line(start, tmp_path, options):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        process = start(
+            detect_emotions.__file__, SAMPLE, SAMPLE, "--out-dir", tmp_path, *options, stdout=full
+        )
+    assert process.stderr.read() == "error: cannot write standard output: No space left on device\n"
+    assert process.wait() == 1
+
+
+def test_table_on_a_full_disk_ends_the_run_with_one_line(run, small, tmp_path):
+    small.save(tmp_path / "x.png")
+    with file_size_limit(100):
+        code, out, err = run(tmp_path / "x.png", "--csv", tmp_path / "t.csv")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == f"error: cannot write {tmp_path / 't.csv'}: File too large"
+    assert names(tmp_path) == ["x.png"]
+
+
+def test_version_names_what_labels_without_loading_it(start):
+    code = "import sys, detect_emotions\n"
+    code += "try: detect_emotions.main(['--version'])\nfinally: print('torch' in sys.modules)"
+    out, err = start("-c", code).communicate()
+    torch_version, openvino, model, is_loaded = out.splitlines()[-4:]  # before them, in a clone, the commit
+    assert (torch_version[:7], is_loaded, err) == ("torch 2", "False", "")
+    assert openvino.startswith("openvino 20")
+    assert model == f"{shared.DEFAULT_MODEL.name} sha256:{shared.file_digest(shared.DEFAULT_MODEL)}"
 
 
 # --- labels ---

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from detect_emotions import (
     leave_out_finished,
     match_boxes,
     plan_outputs,
+    save_image,
 )
 
 SAMPLE = shared.DEFAULT_MODEL.with_name("sample.jpg")  # 960x960, four portraits
@@ -632,11 +634,14 @@ def test_address_names_the_remedy(run):
 def test_output_that_cannot_be_written_is_one_cause_and_one_path(label, tmp_path):
     clip = write_beeps(tmp_path / "clip.mp4")
     (tmp_path / OUTPUTS[3]).mkdir()
-    assert label(clip) == (1, f"error: cannot write {tmp_path / OUTPUTS[3]}: Is a directory\n")
+    code, err = label(clip)
+    assert (code, err.rstrip()) == (1, f"error: cannot write {tmp_path / OUTPUTS[3]}: Is a directory")
     (tmp_path / OUTPUTS[3]).rmdir()
+    assert label(clip) == (0, "")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with file_size_limit(1000):
         assert label(clip) == (1, f"error: cannot write the outputs of {clip}: File too large\n")
-    assert list(tmp_path.iterdir()) == [clip]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
@@ -666,7 +671,8 @@ def test_bad_videos_do_not_lose_the_good_one(run, moving, tmp_path):
     code, out, err = run(tmp_path)
     assert code == 1
     assert [line.split("\t")[0] for line in out.splitlines()] == [str(good)]
-    assert len(err.splitlines()) == 3
+    *errors, left_out = err.splitlines()
+    assert (len(errors), left_out) == (3, "left out: failed, see above 3")
     for name in ("text.mp4", "cut.mp4", "empty.mkv"):
         assert f"error: {tmp_path / name} is not a video that can be read: " in err
     bad = {"text.mp4", "cut.mp4", "empty.mkv"}
@@ -721,10 +727,12 @@ def test_folder_is_labelled_once(run, album):
         assert code == 0
         return [Path(line.split("\t")[0]).name for line in out.splitlines()], err
 
-    assert printed() == (["clip.mp4", "photo.png"], "")
+    others = "left out: subfolder (see --recursive) 1, unknown suffix 1"
+    assert printed() == (["clip.mp4", "photo.png"], f"{others}\n")
     made = {path: path.stat().st_mtime_ns for path in album.iterdir()}
     assert len(made) == 4 + len(OUTPUTS) + 1
-    assert printed() == ([], "2 were finished before; --overwrite does them again\n")
+    others = "left out: subfolder (see --recursive) 1, made by this program 5, unknown suffix 1"
+    assert printed() == ([], f"{others}, finished before (--overwrite does it again) 2\n")
     assert {path: path.stat().st_mtime_ns for path in album.iterdir()} == made
     (album / "clip_emotions_tracks.csv").unlink()
     assert printed()[0] == ["clip.mp4"]
@@ -755,7 +763,7 @@ VIDEO_KINDS = {
 def test_video_is_one_whatever_its_suffix(run, moving, tmp_path, suffix):
     container, codec = VIDEO_KINDS[suffix]
     clip = write_video(tmp_path / f"clip{suffix}", moving(5), codec=codec, container=container)
-    for source in (clip, tmp_path):
+    for source in (tmp_path, clip):
         code, out, err = run(source, "--overwrite")
         assert (code, err) == (0, "")
         assert out.startswith(f"{clip}\t1 track, 0.2 s\t")
@@ -772,11 +780,11 @@ def test_patterns_find_files_where_the_shell_does_not(album):
     def found(pattern):
         return [
             str(source.path.relative_to(album))
-            for source in find_sources([str(album / pattern)], False, None)
+            for source in find_sources([str(album / pattern)], False, None, Counter())
         ]
 
-    (album / "photo_emotions.png").touch()
-    (album / "clip_emotions_timeline.png").touch()
+    save_image(Image.open(album / "photo.png"), album / "photo_emotions.png")
+    save_image(Image.open(album / "photo.png"), album / "clip_emotions_timeline.png")
     assert found("*.png") == ["photo.png"]
     assert found("**/p*.png") == ["deeper/photo.png", "photo.png"]
     assert found("*") == ["clip.mp4", "photo.png"]
@@ -785,11 +793,11 @@ def test_patterns_find_files_where_the_shell_does_not(album):
 
 
 def test_a_named_file_is_done_again(album):
-    for name in ("photo_emotions.png",):
-        shutil.copy(album / "photo.png", album / name)
+    save_image(Image.open(album / "photo.png"), album / "photo_emotions.png")
     for inputs, left in (([album / "photo.png"], 1), ([album], 1), ([album, album / "photo.png"], 2)):
-        plan = plan_outputs(find_sources(list(map(str, inputs)), False, None), True, None)
-        assert len(leave_out_finished(plan)) == left
+        sources = find_sources(list(map(str, inputs)), False, None, Counter())
+        plan = plan_outputs(sources, True, None, Counter())
+        assert len(leave_out_finished(plan, Counter())) == left
 
 
 def test_json_of_a_folder_tells_of_all(run, album):

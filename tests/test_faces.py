@@ -295,7 +295,42 @@ def test_cache_forgets_its_own_that_were_not_used_for_long(cache):
     assert not earlier.exists()
 
 
-def test_cache_that_cannot_be_written_is_no_error(faces, sample, cache):
+def test_cache_that_cannot_be_written_is_one_line_and_no_error(faces, sample, cache, capsys):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
     cache.write_text("a file where the folder belongs")
     assert_same(shared.FaceFinder(min_face_size=20).find(sample), faces)
     assert cache.is_file()
+    line = f"networks cannot be kept in {cache} (File exists), so each start takes some seconds more\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_user_without_a_home_can_detect(start, sample_photo, tmp_path):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
+    code = (
+        "import os; os.environ.pop('HOME'); os.getuid = lambda: 2**31; import detect_emotions as d; d.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    process = start("-c", code, sample_photo, "--out-dir", tmp_path, env=environment)
+    out, err = process.communicate()
+    assert (process.returncode, out.count("\n"), err.count("\n")) == (0, 4, 1)
+    assert "networks cannot be kept" in err
+
+
+@pytest.mark.parametrize("pattern", ["emotion-detector", "*/small-*", "*/small-*/network.bin"])
+def test_what_other_users_could_have_written_is_not_loaded_but_made_again(cache, pattern):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
+    built = []
+
+    def build():
+        built.append("once more")
+        return shared.Blueprint(Small(), torch.zeros(2, 24, 24, 3, dtype=torch.uint8), {})
+
+    shared.Engine("small", b"", build, "cpu")
+    shared.Engine("small", b"", build, "cpu")
+    assert len(built) == 1
+    [path] = cache.parent.glob(pattern)
+    path.chmod(0o777)
+    shared.Engine("small", b"", build, "cpu")
+    shared.Engine("small", b"", build, "cpu")
+    assert len(built) == 2
+    assert {path.stat().st_mode & 0o077 for path in (cache, *cache.rglob("*"))} == {0}

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_folded_student_equals_the_imagenet_teacher_on_real_photos_made_gray(rea
     teacher = load_teacher("resnet50_v1", real_data / "resnet50_imagenet.pth")
     student = build_student("resnet50_v1", teacher, "folded").eval()
     paths = shared.list_images(real_data / "imagenet-sample", limit=4)
-    gray = shared.load_images(paths, "L", 224).float() / 255
+    gray = shared.load_images(paths, "L", 224)[0].float() / 255
     colors = transforms.normalize(gray.expand(-1, 3, -1, -1), shared.COLOR_MEAN, shared.COLOR_STD)
     with torch.no_grad():
         expected = embed(teacher, colors)
@@ -69,7 +70,7 @@ def test_the_imagenet_teacher_knows_what_is_on_photos(real_data):
     names = json.loads((real_data / "imagenet_labels.json").read_text())
     paths = shared.list_images(real_data / "imagenet-sample", limit=20)
     labels = torch.tensor([names.index(path.parent.name.split("_", 1)[1]) for path in paths])
-    images = shared.load_images(paths, "RGB", 224).float() / 255
+    images = shared.load_images(paths, "RGB", 224)[0].float() / 255
     images = transforms.normalize(images, shared.COLOR_MEAN, shared.COLOR_STD)
     with torch.no_grad():
         logits = load_teacher("resnet50_v1", real_data / "resnet50_imagenet.pth").eval()(images)
@@ -98,7 +99,7 @@ def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
         "--epochs",
         "2",
         "--lr",
-        "0.003",
+        "0.001",
     ]
     finetune_gray_imagenet.main([*options, "--stem-init", "kaiming"])
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -126,6 +127,23 @@ def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, mo
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     teacher = load_teacher("resnet18", None)
     assert teacher.fc.weight.equal(weights["fc.weight"])
+
+
+def test_an_unreadable_picture_stops_a_small_run_and_what_macos_writes_does_not(
+    tmp_path, photos_dir, teacher_path, capsys
+):
+    options = ["--data-dir", photos_dir, "--out-dir", tmp_path / "gray", "--teacher-weights", teacher_path]
+    options += ["--arch", "tiny_resnet", "--image-size", 32, "--batch-size", 7, "--epochs", 1]
+    (photos_dir / "._0.jpg").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
+    os.mkfifo(photos_dir / "pipe.jpg")
+    finetune_gray_imagenet.main(
+        [str(option) for option in options]
+    )  # 8 to learn from: a batch of 7, one of 1
+    (photos_dir / "0.jpg").write_bytes(b"BM" + bytes(100))
+    with pytest.raises(SystemExit) as stop:
+        finetune_gray_imagenet.main([*map(str, options), "--out-dir", str(tmp_path / "other")])
+    assert "1 of 10 images are not readable, expected 1% at most; remove or replace them: " in stop.value.code
+    assert str(photos_dir / "0.jpg") in stop.value.code
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,21 @@
+import io
+import itertools
+import math
+import os
+import pickle
 import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import file_size_limit, write_checkpoint
+from conftest import file_size_limit, make_faces, write_checkpoint
 from PIL import Image
-from tiny_resnet import ARCH, REAL_ARCHS
+from tiny_resnet import ARCH, FEATURES, REAL_ARCHS
 
 import model as shared
 
@@ -44,6 +53,72 @@ def test_replacing_names_what_it_cannot_write(tmp_path):
     path = tmp_path / "file" / "a.json"
     with pytest.raises(OSError, match=re.escape(f"cannot write {path}: ")):
         shared.save_json(path, {})
+
+
+# What a process does that stays in a block until its input ends, or it is killed.
+STAY = """
+import sys
+from pathlib import Path
+import model
+with model.{block} as it:
+    print(it or "in", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("block", ["only_run_in", "only_writer_of"])
+def test_a_second_run_stops_and_names_the_first_and_a_killed_one_blocks_nobody(tmp_path, start, block):
+    path, lock = tmp_path / "runs" / "fer", getattr(shared, block)
+    first = start("-c", STAY.format(block=f"{block}(Path({str(path)!r}))"), stdin=subprocess.PIPE)
+    assert first.stdout.readline() == "in\n"
+    message = rf"{path} is in use by -c \(process {first.pid}\); wait for its end"
+    with pytest.raises(BlockingIOError, match=message), lock(path):
+        pytest.fail("two runs at once")
+    first.kill()
+    first.wait()
+    with lock(path):
+        pass
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_only_run_in_takes_a_folder_named_twice_and_leaves_none_that_stays_empty(tmp_path):
+    with shared.only_run_in(tmp_path / "a" / "b", tmp_path / "a" / "c" / ".." / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with shared.only_run_in(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "result").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["result"]
+
+
+def test_only_run_in_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".emotion.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=f"cannot write into {tmp_path}"), shared.only_run_in(tmp_path):
+        pytest.fail("through a link")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_temporary_file_of_a_killed_run_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path, start):
+    path = tmp_path / "table.csv"
+    (tmp_path / ".emotion-mine.tmp").touch()  # not named as this program names them
+    first = start("-c", STAY.format(block=f"replacing(Path({str(path)!r}))"), stdin=subprocess.PIPE)
+    temporary = Path(first.stdout.readline().strip())
+
+    def save_in_a_process():
+        other = start("-c", f"import model, pathlib; model.save_json(pathlib.Path({str(path)!r}), 1)")
+        assert other.wait() == 0
+
+    save_in_a_process()
+    assert temporary.exists()
+    first.kill()
+    first.wait()
+    save_in_a_process()
+    assert {file.name for file in tmp_path.iterdir()} == {"table.csv", ".emotion-mine.tmp"}
+
+
+def test_printable_is_one_line_without_side_effects():
+    text = "a\x1b[2J\t\r\n\x85\u2028\u202e\udce9ü 😀\u200d"
+    assert shared.printable(text) == r"a\x1b[2J\t\r\n\x85\u2028\u202e\udce9ü 😀" + "\u200d"
 
 
 # --- pictures ---
@@ -190,31 +265,81 @@ def test_load_images_cuts_the_middle_square(tmp_path):
     image.paste((255, 0, 0), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
     image.resize((120, 40)).save(tmp_path / "b.png")
-    images = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
+    images, _ = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
     assert images.shape == (2, 3, 20, 20)
     assert images.dtype == torch.uint8
     assert (images[0] == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
-    assert shared.load_images([tmp_path / "a.png"], "L", 10).shape == (1, 1, 10, 10)
+    assert shared.load_images([tmp_path / "a.png"], "L", 10)[0].shape == (1, 1, 10, 10)
 
 
-def test_load_images_names_a_file_that_is_no_image(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"b\.png is not an image that Pillow can read"):
-        shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "L")
+def test_load_images_names_and_leaves_out_a_few_that_are_not_readable(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.png" for i in range(100)]
+    for i, path in enumerate(paths):
+        Image.new("L", (9, 9), i).save(path)
+    paths[0].write_text("<html>")
+    images, kept = shared.load_images(paths, "L")
+    assert kept == paths[1:]
+    assert images[:, 0, 0, 0].tolist() == list(range(1, 100))
+    *names, count = capsys.readouterr().err.splitlines()
+    assert names == [f"left out: {paths[0]} is not an image that Pillow can read; convert it to JPEG or PNG"]
+    assert count == "1 of 100 images are not readable and left out"
+    paths[1].write_text("<html>")
+    with pytest.raises(ValueError, match=f"2 of 100 images .*remove or replace them: {paths[0]}"):
+        shared.load_images(paths, "L")
+
+
+def test_load_images_sees_what_detection_sees(tmp_path):
+    """16 bits are scaled, EXIF is obeyed, palettes and transparency are white where nothing is."""
+    deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((deep // 257).astype(np.uint8)).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    clear.quantize().save(tmp_path / "palette.png")
+    paths = [tmp_path / name for name in ("deep.png", "turned.jpg", "clear.png", "palette.png")]
+    images, _ = shared.load_images(paths, "L", 64)
+    for path, image in zip(paths, images[:, 0].numpy(), strict=True):
+        np.testing.assert_allclose(image, np.asarray(shared.open_picture(path, "L")), atol=1)
+    means = images.float().mean((1, 2, 3))
+    assert means[:2].sub(127.5).abs().max() < 2
+    assert means[2:].tolist() == [255, 255]
+    assert images[1, 0, :, 0].float().mean() > images[1, 0, :, -1].float().mean()  # it was dark above
+
+
+def test_split_batches_leaves_no_batch_of_one():
+    assert [len(part) for part in shared.split_batches(torch.arange(9), 4)] == [4, 5]
+    assert [len(part) for part in shared.split_batches(torch.arange(10), 4)] == [4, 4, 2]
+    assert [len(part) for part in shared.split_batches(torch.arange(1), 4)] == [1]
 
 
 def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
-    images, labels, _ = shared.load_faces(fer_dir / "train", shared.EMOTIONS, limit=20)
+    images, labels, _ = shared.load_faces(fer_dir, "train", shared.EMOTIONS, limit=20)
     assert images.shape == (20, 1, 48, 48)
     assert torch.bincount(labels).tolist() == [4] * 5
     for image, label in zip(images, labels, strict=True):
         assert image[0].float().mean(1).reshape(-1, 3).mean(1)[:15].reshape(5, 3).mean(1).argmax() == label
 
 
-def test_load_faces_names_a_missing_class(fer_dir):
-    with pytest.raises(ValueError, match=r"no images in .*neutral"):
-        shared.load_faces(fer_dir / "train", ("angry", "neutral"))
+def test_a_folder_without_splits_is_divided_by_content(tmp_path):
+    make_faces(tmp_path / "flat", 60, ("angry", "happy"))
+    parts = [shared.list_split(tmp_path / "flat", split, ("angry", "happy")) for split in shared.SPLITS]
+    assert sum(map(len, parts)) == len({path for part in parts for path in part}) == 120
+    assert all(4 <= len(part) <= 24 for part in parts[1:])
+    shutil.copytree(tmp_path / "flat", tmp_path / "copy" / "train")  # with train alone only val is made
+    renamed = next(iter(parts[1]))
+    (tmp_path / "copy" / "train" / "angry" / renamed.name).rename(
+        tmp_path / "copy" / "train" / "angry" / "x.png"
+    )
+    val = {path.name for path in shared.list_split(tmp_path / "copy", "val", ("angry", "happy"))}
+    assert val == {path.name for path in parts[1]} - {renamed.name} | {"x.png"}
+    assert not shared.list_split(tmp_path / "copy", "test", ("angry", "happy"))
+
+
+def test_load_faces_names_a_split_without_faces(fer_dir):
+    with pytest.raises(ValueError, match="has no val faces of fearful"):
+        shared.load_faces(fer_dir, "val", ("fearful", "neutral"))
 
 
 def test_warp_without_freedom_only_mirrors():
@@ -337,10 +462,42 @@ def test_fit_temperature_finds_the_scale_that_was_put_in():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 5, generator=generator) * 2
     labels = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
-    assert shared.fit_temperature(logits, labels) == pytest.approx(1, abs=0.05)
-    assert shared.fit_temperature(logits * 3, labels) == pytest.approx(3, abs=0.15)
+    assert shared.fit_temperature([(logits, labels)], 2.0) == pytest.approx(1, abs=0.05)
+    assert shared.fit_temperature([(logits * 3, labels)], 2.0) == pytest.approx(3, abs=0.15)
+    small = (logits[:500] * 3, labels[:500])  # counts as much as the large one
+    assert 1.5 < shared.fit_temperature([(logits, labels), small], 2.0) < 2.8
     right, wrong = (shared.judge(logits * 3, labels, by, shared.EMOTIONS)["ece"] for by in (3.0, 1.0))
     assert right < 0.01 < wrong
+
+
+def test_fit_temperature_keeps_the_parents_if_there_are_too_few_faces():
+    logits, labels = torch.eye(5).repeat(20, 1), torch.arange(5).repeat(20)
+    assert shared.fit_temperature([(logits, labels)], 1.7) == 1.7
+    assert shared.fit_temperature([(logits, labels)] * 3, 1.7) == pytest.approx(0.5, abs=0.01)  # the bound
+
+
+def test_among_keeps_the_chosen_classes_alone():
+    logits = torch.arange(12.0).reshape(4, 3)
+    kept, labels = shared.among(logits, torch.tensor([0, 1, 2, 0]), [2, 0])
+    assert kept.tolist() == [[2, 0], [8, 6], [11, 9]]
+    assert labels.tolist() == [1, 0, 1]
+
+
+def test_soft_cross_entropy_is_torchs_for_one_head():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator)
+    targets = torch.rand(6, 5, generator=generator).softmax(1)
+    expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(shared.soft_cross_entropy(logits, targets, 0.1), expected)
+
+
+def test_a_head_without_a_target_does_not_learn():
+    logits = torch.randn(3, 10, requires_grad=True)
+    targets = torch.zeros(3, 2, 5)
+    targets[:, 0, 2] = 1
+    shared.soft_cross_entropy(logits, targets, 0.1).backward()
+    assert logits.grad[:, :5].abs().min() > 0
+    assert not logits.grad[:, 5:].any()
 
 
 # --- checkpoints ---
@@ -360,13 +517,108 @@ def test_load_checkpoint_refuses_with_one_line(tmp_path, gray_checkpoint):
         shared.load_checkpoint(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="has stage 'gray', expected 'fer' or 'emotion'"):
         shared.load_checkpoint(gray_checkpoint, stages=("fer", "emotion"))
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match="not a checkpoint of this toolkit"):
+
+
+class Code:
+    """Its pickle touches a file."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch PWNED",)
+
+
+def saved(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def zipped(entries, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+STATE = {"conv1.weight": torch.ones(9)}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><title>Virus scan warning</title>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is HDF5, as Keras"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(99), "is ONNX"),
+        (b"\x10\0\0\0\0\0\0\0" + b'{"fc.bias": {}}', "is safetensors"),
+        (b"just words", "is text"),
+        (zipped({"model.weights.h5": ""}), "is a model of Keras"),
+        (zipped({"net/constants.pkl": "", "net/data.pkl": ""}), "is a TorchScript program"),
+        (zipped({"a.txt": ""}), "is a zip archive"),
+        (saved(STATE), "is a state dict, as torchvision's, weights alone (conv1.weight"),
+        (saved(STATE, _use_new_zipfile_serialization=False), "is a state dict"),
+        (saved({"state_dict": STATE, "epoch": 3}), "of another program, with state_dict, epoch"),
+        (saved([1, 2]), "is a list"),
+        (saved({"format": 2}), "is one of format 2"),
+        (saved(STATE)[:-200], "is cut off or damaged"),
+        (saved({"w": torch.ones(9)}).replace(b"\0\0\x80?" * 9, b"\0\0\x80@" * 9), "is cut off or damaged"),
+        (saved(Code()), "is a pickle with code in it (posix system), which is not run"),
+        (saved(Code(), _use_new_zipfile_serialization=False), "is a pickle with code in it (posix system)"),
+        (pickle.dumps(Code()), "is a pickle of Python"),
+        (saved({"w": torch.zeros(1).expand(10**12)}), "tensors say that they are larger than the file"),
+        (
+            zipped({"a/data.pkl": b"\x80\x02(" + b"]" * 10**7 + b"l."}, zipfile.ZIP_DEFLATED),
+            "holds more than",
+        ),
+        (zipped({"a/data.pkl": b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."}), "code in it"),
+    ],
+    ids=itertools.count(),
+)
+def test_load_checkpoint_says_what_a_strangers_file_is_and_runs_nothing(
+    tmp_path, monkeypatch, content, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="not a checkpoint of this toolkit, format 1: it ") as error:
         shared.load_checkpoint(tmp_path / "foreign.pt")
-    (tmp_path / "half.pt").write_bytes(gray_checkpoint.read_bytes()[: gray_checkpoint.stat().st_size // 2])
-    with pytest.raises(ValueError, match="not a readable checkpoint") as error:
-        shared.load_checkpoint(tmp_path / "half.pt")
-    assert "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0, expected 0.01 to 100"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": "warm"}, "temperature warm"),
+        ({"image_size": 10**9}, "image_size 1000000000, expected 32 to 512"),
+        ({"image_size": 64.5}, "image_size 64.5"),
+        ({"crop_margin": math.inf}, "crop_margin inf"),
+        ({"classes": ["../happy", "sad"]}, "a class of the name '../happy'"),
+        ({"classes": ["happy\x1b[2J", "sad"]}, "a class of the name 'happy\\x1b[2J'"),
+        ({"classes": ["sad", "sad"]}, "two classes of one name"),
+        ({"classes": 2}, "classes that are no list"),
+        ({"arch": "resnet101"}, "the architecture 'resnet101'"),
+        ({"model": [1]}, "no weights"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.nan])}}, "weights that are not finite, in fc.bias"),
+        ({"model": {"fc.bias": torch.tensor([1.0, math.inf])}}, "weights that are not finite"),
+        ({"model": {"bn1.running_var": torch.tensor([-1.0])}}, "weights that are not finite"),
+    ],
+)
+def test_load_checkpoint_refuses_values_of_no_use(tmp_path, gray_checkpoint, changes, words):
+    torch.save({**torch.load(gray_checkpoint, weights_only=True), **changes}, tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match="train one") as error:
+        shared.load_checkpoint(tmp_path / "changed.pt")
+    assert words in str(error.value)
+
+
+def test_save_json_writes_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        shared.save_json(tmp_path / "a.json", {"acc": math.nan})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
@@ -411,14 +663,17 @@ def test_load_network_keeps_the_rows_of_classes_that_it_knows():
     assert shared.load_network(embedding, ("angry", "happy")).fc.weight.shape == net.fc.weight.shape
 
 
-def test_the_best_checkpoint_keeps_the_rows_of_its_classes(tmp_path):
+def test_the_best_checkpoint_keeps_all_classes_and_the_first_head(tmp_path):
     net = shared.gray_resnet(ARCH, 3)
+    shared.add_heads(net, 2)
+    torch.nn.init.normal_(net.fc.bias)
     run = shared.Run(tmp_path, "fer", ARCH, ("angry", "happy", "sad"), ("angry", "sad"), 32, 0.0, {})
     run.save_best(net, [{"epoch": 1}])
     best = shared.load_checkpoint(tmp_path / "best.pt")
-    assert best["classes"] == ["angry", "sad"]
-    assert best["model"]["fc.weight"].equal(net.fc.weight[[0, 2]].half().float())
-    assert best["model"]["fc.bias"].equal(net.fc.bias[[0, 2]])
+    assert best["classes"] == ["angry", "happy", "sad"]
+    assert best["default_classes"] == ["angry", "sad"]
+    assert best["model"]["fc.weight"].equal(net.fc.weight[:3].half().float())
+    assert best["model"]["fc.bias"].equal(net.fc.bias[:3])
     assert best["model"]["bn1.bias"].equal(net.bn1.bias)
 
 
@@ -437,6 +692,16 @@ def test_predict_is_one_answer_a_face_whatever_the_batch(finder, classifier, sam
     assert classifier.predict(image, boxes[:0]).shape == (0, 5)
 
 
+def test_weights_too_large_for_a_probability_are_one_line(tmp_path, load_networks_anew):
+    path = write_checkpoint(tmp_path / "huge.pt", shared.gray_resnet(ARCH, 2), ("happy", "sad"))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["layer4.0.bn2.bias"] = torch.full((FEATURES,), 1e30)
+    checkpoint["model"]["fc.weight"] = torch.full((2, FEATURES), 1e30)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="so large that it gives no probabilities"):
+        shared.Classifier(path, "cpu").predict_crops([Image.new("L", (48, 48), "white")])
+
+
 # --- command line ---
 
 
@@ -446,6 +711,44 @@ def test_one_line_errors_lets_bugs_through():
 
     with pytest.raises(TypeError):
         shared.one_line_errors(bug)()
+
+
+PRINT = """
+import sys
+import model
+@model.one_line_errors
+def main(argv):
+    sys.stdin.read()
+    print(*sys.argv[1:])
+    if sys.argv[2:]:
+        raise ValueError("a mistake\\nin two lines")
+main()
+"""
+
+
+@pytest.mark.parametrize("words", [["x"], ["x" * 10**5], ["x", "y"]])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("full", "No space left on device"), ("closed", "Bad file descriptor"), ("without reader", "")],
+)
+def test_a_stdout_that_takes_no_more_is_one_line_and_exit_code_1(start, words, kind, reason):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        stdout = full if kind == "full" else subprocess.PIPE
+        close = (lambda: os.close(1)) if kind == "closed" else None
+        process = start("-c", PRINT, *words, stdin=subprocess.PIPE, stdout=stdout, preexec_fn=close)
+    if kind == "without reader":
+        process.stdout.close()
+    process.stdin.close()
+    err = process.stderr.read()
+    assert process.wait() == 1
+    assert err.count("\n") == bool(reason)
+    assert reason in err
+
+
+def test_an_error_is_one_line_and_names_reach_a_terminal_that_lacks_their_letters(start):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = start("-c", PRINT, "\udce9ü", "y", env=environment, stdin=subprocess.DEVNULL)
+    assert process.communicate() == ("\\udce9\\xfc y\n", "error: a mistake\\nin two lines\n")
 
 
 def test_pick_device_refuses_what_is_not_there():

@@ -32,6 +32,10 @@ COMMANDS = [
 ]
 INSTALLS = [command for command in COMMANDS if "venv" in command]
 STAGES = [command for command in COMMANDS if command.startswith("python ")]
+SCRIPTS = sorted({shlex.split(command)[1] for command in STAGES})
+EXAMPLES = {
+    script: re.findall(r"^    (python .*)$", (ROOT / script).read_text(), re.MULTILINE) for script in SCRIPTS
+}
 
 SPLITS = ("Training", "PublicTest", "PrivateTest")
 VOTES = "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
@@ -156,8 +160,10 @@ def run_script(monkeypatch):
     return run_script
 
 
-@pytest.mark.parametrize("command", STAGES)
-def test_a_command_of_the_readme_runs(checkout, command, run_script, monkeypatch, capsys):
+@pytest.mark.parametrize("command", dict.fromkeys([*STAGES, *itertools.chain(*EXAMPLES.values())]))
+def test_a_command_of_the_readme_or_of_a_scripts_help_runs(
+    checkout, command, run_script, monkeypatch, capsys
+):
     folder, network = checkout
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
@@ -179,6 +185,14 @@ def test_help_explains_every_option(script, run_script, capsys):
     assert options
     for name, text in options:
         assert len(text.split()) > 3, f"{name} is not explained"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_ends_with_two_examples(script, run_script, capsys):
+    assert run_script(script, "--help") == 0
+    *_, title, first, second = capsys.readouterr().out.rstrip().splitlines()
+    assert title == "examples:"
+    assert [first.strip(), second.strip()] == EXAMPLES[script]
 
 
 def test_every_image_of_the_readme_is_there():

@@ -3,18 +3,21 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, file_size_limit
 from PIL import Image
 
+import model as shared
 import unpack_fer_data
 from model import EMOTIONS
 from unpack_fer_data import LABELS, main
@@ -311,13 +314,34 @@ def test_more_bad_rows_than_one_in_a_hundred_exit_with_1(run, tmp_path, num_bad,
     assert ("expected rows, at most 1.00% of them bad (--max-bad)" in stderr) == (expected == 1)
 
 
-def test_too_many_bad_rows_leave_the_folder_unfinished_until_they_are_accepted(run, tmp_path, out):
+def test_too_many_bad_rows_write_nothing_until_they_are_accepted(run, tmp_path, out):
     path = write_csv(tmp_path / "fer2013.csv", [*MIXED, (9, TRAIN)])
-    assert [run(path)[0], run(path)[0]] == [1, 1]
-    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    assert run(path)[0] == 1
+    assert not out.exists()
     assert run(path, "--max-bad", "0.2")[0] == 0
     assert json.loads((out / "manifest.json").read_text())["complete"]
     assert run(path)[0] == 1
+
+
+def test_many_bad_rows_are_a_few_lines_and_a_count(run, tmp_path):
+    path = tmp_path / "fer2013.csv"
+    path.write_text(csv_text([("happy", TRAIN)] * 40))
+    _, _, stderr = run(path)
+    lines = stderr.splitlines()
+    assert lines[0] == f"{path}, line 2: label 'happy', expected 0 to 6; skipped"
+    assert lines[5:7] == [f"{path}: 35 more such lines", "40 rows read, 40 of them bad and skipped"]
+    assert len(lines) == 8
+
+
+def test_a_field_without_end_is_one_bad_row(run, tmp_path, out):
+    lines = csv_text(MIXED).splitlines()
+    lines.insert(3, f"3,{'1 ' * 10**6},{TRAIN}")
+    path = tmp_path / "fer2013.csv"
+    path.write_text("\n".join(lines))
+    code, _, stderr = run(path, "--max-bad", "0.2")
+    assert (code, stderr.count("\n")) == (0, 2)
+    assert "line 4: 2 columns, expected 3" in stderr
+    assert len(list_pngs(out)) == len(MIXED_PATHS)
 
 
 def test_a_cut_off_last_line_is_reported_and_skipped(run, tmp_path, out):
@@ -344,6 +368,8 @@ def test_a_packed_file_that_breaks_off_is_reported_and_read_up_to_there(run, tmp
 
 # --- no FER table ---
 
+TAR = tarfile.TarInfo("fer2013/fer2013.csv").tobuf() + bytes(1024)
+
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
@@ -361,6 +387,18 @@ def test_a_packed_file_that_breaks_off_is_reported_and_read_up_to_there(run, tmp
             ["starts with 'pixels'", "expected emotion, pixels and Usage", "train.csv"],
         ),
         ("photo.csv", b"\x89PNG\r\n\x1a\n" + bytes(5000), ["expected emotion, pixels and Usage"]),
+        (
+            "gzip.csv",
+            gzip.compress(b"emotion,pixels,Usage\n"),
+            ["gzip.csv is packed by gzip, expected emotion"],
+        ),
+        ("fer2013.tar.gz", gzip.compress(TAR), ["fer2013.tar.gz is a tar archive, expected", "unpacked"]),
+        (
+            "utf16.csv",
+            "emotion,pixels,Usage\n".encode("utf-16"),
+            ["utf16.csv is text in UTF-16, not in UTF-8"],
+        ),
+        ("page.csv", b"\n\n<!DOCTYPE html><title>Kaggle</title>", ["page.csv is a web page, expected"]),
         ("plain.csv.gz", b"emotion,pixels,Usage\n", ["no sound .gz file", "rename it"]),
         ("plain.csv.xz", b"emotion,pixels,Usage\n", ["no sound .xz file", "rename it"]),
         ("plain.zip", b"emotion,pixels,Usage\n", ["no sound .zip file", "rename it"]),
@@ -513,6 +551,26 @@ def test_overwrite_from_a_file_that_is_no_fer_table_deletes_nothing(run, tmp_pat
     assert snapshot(out) == before
 
 
+def test_overwrite_leaves_the_earlier_set_until_the_new_one_is_whole(run, tmp_path, out):
+    run(write_csv(tmp_path / "fer2013.csv", MIXED))
+    before = snapshot(out)
+    path = write_csv(tmp_path / "b.csv", [*MIXED, *[(3, TRAIN)] * 20])
+    with file_size_limit(1000):  # a PNG of 48x48 random pixels has 2,400 bytes
+        check_one_line_error(
+            run(path, "--overwrite"), f"cannot write {out / 'train' / 'happy' / '00007.png'}"
+        )
+    path.write_text(path.read_text() + "3,1 2 3,Training\n" * 9)
+    assert run(path, "--overwrite")[0] == 1
+    assert snapshot(out) == before
+
+
+def test_two_runs_into_one_folder_are_refused(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", MIXED)
+    with shared.only_run_in(out):
+        check_one_line_error(run(path), f"{out} is in use by", f"(process {os.getpid()})")
+    assert run(path)[0] == 0
+
+
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_images_without_a_manifest_are_refused_and_kept(run, tmp_path, out, options):
     (out / "train" / "happy").mkdir(parents=True)
@@ -523,7 +581,13 @@ def test_images_without_a_manifest_are_refused_and_kept(run, tmp_path, out, opti
     assert snapshot(out) == before
 
 
-@pytest.mark.parametrize("text", ['{"name": "somebody\'s"}', "[]", "no json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"name": "somebody\'s"}', "[]", "no json", "[" * 100_000, '{"format": "unpack_fer_data 1"}'),
+        '{"format": "unpack_fer_data 1", "source": {}, "complete": true, "rows": "many"}',
+    ],
+)
 def test_a_manifest_of_another_kind_is_refused_and_kept(run, tmp_path, out, text):
     out.mkdir()
     (out / "manifest.json").write_text(text)
@@ -556,29 +620,24 @@ def test_ctrl_c_exits_with_130_and_the_next_run_completes(run, tmp_path, out, mo
     assert list_pngs(out) == sorted(MIXED_PATHS)
 
 
-@pytest.mark.slow
-def test_a_killed_run_is_completed_by_the_next(run, start, tmp_path, out):
-    # Every image twice: the killed run has not got to dropping the repeats.
+@pytest.mark.parametrize("num_left", [0, 19])
+def test_a_killed_run_leaves_whole_images_or_none_and_the_next_completes(run, start, tmp_path, out, num_left):
+    """It is killed while it writes 200 images, each twice, or when it moves 100 of them to their place."""
     path = write_csv(tmp_path / "fer2013.csv", [(3, TRAIN, row // 2) for row in range(200)])
     script = ["unpack_fer_data.py", path, "--drop-duplicates", "--out-dir", out]
-    process = start(ROOT / "tests" / "stop_at.py", "SIGKILL", 21, ".png", *script)
+    number = 200 + num_left + 1 if num_left else 20
+    process = start(ROOT / "tests" / "stop_at.py", "SIGKILL", number, ".png", *script)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    left = list_pngs(out)
-    assert len(left) == 20
-    assert not json.loads((out / "manifest.json").read_text())["complete"]
-    check_one_line_error(run(path), "(drop_duplicates)", "--overwrite")
-
-    half = out / f"{left[7]}.png"
-    half.write_bytes(half.read_bytes()[:100])
-    assert run(path, "--drop-duplicates")[0] == 0
     main([str(path), "--drop-duplicates", "--out-dir", str(tmp_path / "fresh")])
-    contents = [
-        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*")}
-        for folder in (out, tmp_path / "fresh")
-    ]
-    assert len(list_pngs(out)) == 100
-    assert contents[0] == contents[1]
+    fresh = {
+        file.relative_to(tmp_path / "fresh"): file.read_bytes() for file in (tmp_path / "fresh").rglob("*.*")
+    }
+    left = [file.relative_to(out) for file in out.glob("*/*/*.png")]
+    assert len(left) == num_left
+    assert all((out / name).read_bytes() == fresh[name] for name in left)
+    assert run(path, "--drop-duplicates")[0] == 0
+    assert {file.relative_to(out): file.read_bytes() for file in out.rglob("*.*")} == fresh
 
 
 # --- duplicates ---
@@ -672,18 +731,33 @@ def test_a_second_run_restores_lost_votes_and_overwrite_without_ferplus_removes_
         ("emotion,pixels,Usage\n", "lacks"),
         (FERPLUS + f"{TRAIN},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n", "not row for row"),
         (FERPLUS + f"{TEST},fer0000000.png,10,0,0,0,0,0,0,0,0,0\n" * len(MIXED), "not row for row"),
-        ("", "is not FER+'s fer2013new.csv"),
-        ("\0\x89PNG\r\n\x1a\n" * 100, "lacks"),
+        ("", "is empty, expected FER+'s fer2013new.csv"),
+        ("\0\x89PNG\r\n\x1a\n" * 100, "is of an unknown kind, not text"),
         (FERPLUS + f"{TEST},fer0000000.png,10\n", "is not FER+'s fer2013new.csv"),
         (FERPLUS + f"{TEST},fer0000000.png,many,0,0,0,0,0,0,0,0,0\n", "is not FER+'s fer2013new.csv"),
         (FERPLUS + f"{TEST},fer0000000.png,{'9' * 30},0,0,0,0,0,0,0,0,0\n", "is not FER+'s fer2013new.csv"),
         (FERPLUS + f"{TEST}\n{TEST}{',0' * 20}\n", "is not FER+'s fer2013new.csv"),
+        (FERPLUS + f"{TEST},fer0000000.png,9,0,-1,0,0,0,0,0,0,0\n", "line 2: '-1' votes for surprise"),
+        (FERPLUS + f"{TEST},fer0000000.png,9,0,,0,0,0,0,0,0,0\n", "line 2: '' votes for surprise"),
+        (FERPLUS + f"{TEST},fer0000000.png,0,0,0,0,0,0,0,0,0,0\n", "line 2: nobody voted"),
+        (
+            FERPLUS + "".join(f"{usage},,9,0,0,0,0,0,0,0,0,0\n" for _, usage in [*MIXED, MIXED[-1]]),
+            "8 rows and",
+        ),
+        (FERPLUS + "".join(f"{usage},,9,0,0,0,0,0,0,0,0,0\n" for _, usage in MIXED[::-1]), "row 0 is not of"),
+        (FERPLUS + f"{TEST},{'x' * 10**6},9\n", "field larger than field limit"),
+        (
+            FERPLUS
+            + "".join(f"{usage},fer{9 - i}.png,9,0,0,0,0,0,0,0,0,0\n" for i, (_, usage) in enumerate(MIXED)),
+            "another order",
+        ),
+        (gzip.compress(b"Usage"), "is packed by gzip"),
     ],
 )
 def test_votes_that_do_not_fit_are_refused_in_one_line(run, tmp_path, out, content, words):
     path = tmp_path / "fer2013new.csv"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     check_one_line_error(run(write_csv(tmp_path / "fer2013.csv", MIXED), "--ferplus", path), words)
     assert not (out / "votes.csv").exists()
 
@@ -692,7 +766,7 @@ def test_overwrite_with_a_table_that_is_not_ferplus_deletes_nothing(run, tmp_pat
     path = write_csv(tmp_path / "fer2013.csv", MIXED)
     run(path)
     before = snapshot(out)
-    check_one_line_error(run(path, "--ferplus", path, "--overwrite"), "fer2013.csv lacks anger")
+    check_one_line_error(run(path, "--ferplus", path, "--overwrite"), "it lacks anger")
     assert snapshot(out) == before
 
 
