@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
     import av
     import pandas as pd
+    import torch
 
     Font = ImageFont.FreeTypeFont
 
@@ -659,50 +660,6 @@ def in_background(items: Iterator, ahead: int) -> Iterator:
         worker.shutdown(cancel_futures=True)
 
 
-# --- faces ---
-
-LANDMARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as one sees them
-
-
-def face_record(
-    face: Sequence,
-    probs: np.ndarray,
-    classes: Sequence[str],
-    image_size: Sequence[int],
-    emotion: int | None = None,
-) -> dict:
-    """Return what is known of a face as the plain object that --json prints.
-
-    Args:
-        face: box, detector's probability and landmarks, a row of `model.Faces`.
-        probs: (C,) of the `classes`.
-        image_size: width and height, which clip the box.
-        emotion: index of the class that labels the face (default: the likeliest).
-    """
-    box, face_prob, landmarks = (np.asarray(part, float) for part in face)
-    probs = probs.astype(float).round(4).tolist()
-    emotion = int(np.argmax(probs)) if emotion is None else emotion
-    return {
-        "box": box.clip(0, [*image_size, *image_size]).round(1).tolist(),
-        "face_prob": round(float(face_prob), 4),
-        "landmarks": dict(zip(LANDMARKS, landmarks.round(1).tolist(), strict=True)),
-        "emotion": classes[emotion],
-        "prob": probs[emotion],
-        "probs": dict(zip(classes, probs, strict=True)),
-    }
-
-
-def classify_faces(
-    image: Image.Image, finder: shared.FaceFinder, classifier: shared.Classifier
-) -> list[dict]:
-    """Find and classify an RGB image's faces; return their records, from left to right."""
-    found = finder.find(image)
-    probs = classifier.predict(image, found.boxes)
-    rows = zip(zip(*found, strict=True), probs, strict=True)
-    records = [face_record(face, face_probs, classifier.classes, image.size) for face, face_probs in rows]
-    return sorted(records, key=lambda record: record["box"][:2])
-
-
 # --- tracks ---
 
 LOST_AFTER = 0.5  # s without a sight of the face, then its track ends; chosen here
@@ -855,17 +812,19 @@ def follow_faces(
     every: int,
     search_every: float,
     smooth: float,
+    unsure: float,
     batch_size: int,
 ) -> Iterator[tuple[Frame, list[dict]]]:
     """Find, follow and classify the faces of a video; yield each frame with its faces, by track number.
 
-    The faces are objects of `face_record` with the number of their `track`, their probabilities smoothed.
+    The faces are of `model.face_record`, with the number of their `track` and smoothed probabilities.
 
     Args:
         frames: all of one size.
         every: classify each face in every so many frames, and when it is new.
         search_every: s from a search of the whole frame to the next; there is one at cuts too.
         smooth: time constant, s; 0: do not smooth.
+        unsure: see `model.face_record`.
         batch_size: frames that are searched and classified together.
     """
     tracker, searched, before = Tracker(finder), -math.inf, None
@@ -899,7 +858,14 @@ def follow_faces(
                 sighting.track.smooth(face_probs.astype(float), float(frame.time), smooth)
             faces = []
             for track, *face in sightings:
-                record = face_record(face, track.probs, classifier.classes, frame.image.size, track.emotion)
+                record = shared.face_record(
+                    face,
+                    track.probs,
+                    classifier.classes,
+                    frame.image.size,
+                    unsure=unsure,
+                    emotion=track.emotion,
+                )
                 faces.append({"track": track.number, **record})
             yield frame, faces
 
@@ -918,6 +884,7 @@ COLORS = {
     "neutral": "#E69F00",
     "contemptuous": "#000000",
 }
+UNSURE_COLOR = "#8A8A8A"  # of no emotion
 # Chosen here by looking at portraits and at groups of up to 67 faces.
 MIN_FONT_SIZE = 12  # pixels; smaller letters run together
 LINE_WIDTH, PADDING, LABEL_HEIGHT = 1 / 7, 1 / 4, 5 / 4  # in font sizes
@@ -1058,7 +1025,7 @@ def draw_faces(
     font_path: Path | None = None,
     drawn: dict[int, Drawn] | None = None,
 ) -> Image.Image:
-    """Return a copy of the image with a box and a label for each of the `faces`, objects of `face_record`.
+    """Return a copy of the image with a box and a label for each of the `faces`, of `model.face_record`.
 
     `drawn` makes a video's labels stand still: the same dict for each frame in turn; it holds, by track, what
     was drawn last, and is changed in place.
@@ -1117,13 +1084,6 @@ def save_image(image: Image.Image, path: Path) -> None:
                 file.write(MARK.encode())
 
 
-def face_columns(classes: Sequence[str]) -> list[str]:
-    """Name the columns of `face_cells`."""
-    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
-    probs = [f"prob_{name}" for name in classes]
-    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
-
-
 def text_cell(text: object) -> str:
     """Return a text as a cell that a spreadsheet takes for text, not for a formula, and that is one line."""
     text = shared.printable(text)
@@ -1131,9 +1091,8 @@ def text_cell(text: object) -> str:
 
 
 def face_cells(face: dict) -> list:
-    """Spread an object of `face_record` over the cells of a row."""
-    emotion, points = text_cell(face["emotion"]), itertools.chain(*face["landmarks"].values())
-    return [*face["box"], face["face_prob"], emotion, face["prob"], *face["probs"].values(), *points]
+    """Spread an object of `model.face_record` over the cells of a row."""
+    return [text_cell(cell) if isinstance(cell, str) else cell for cell in shared.face_cells(face)]
 
 
 @contextmanager
@@ -1148,25 +1107,19 @@ def needed(name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_table(
-    path: Path | None, classes: Sequence[str], has_frames: bool
-) -> Iterator[Callable[[dict], None]]:
-    """Write the table of --csv, if there is a path; give the function that adds the faces of a record.
-
-    Args:
-        has_frames: there are videos, so there are columns for the frame, its time and the track too.
-    """
+def open_table(path: Path | None, classes: Sequence[str]) -> Iterator[Callable[[dict], None]]:
+    """Write the table of --csv, if there is a path; give the function that adds the faces of a record."""
     if path is None:
         yield lambda record: None
         return
     with shared.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table, of_frame = csv.writer(file), ("frame", "time", "track") if has_frames else ()
-        table.writerow(["file", "face", *of_frame, *face_columns(classes)])
+        table = csv.writer(file)
+        table.writerow(shared.table_columns(classes))
 
         def add(record: dict) -> None:
             with needed(path):
                 for number, face in enumerate(record["faces"], start=1):
-                    when = [{**record, **face}.get(name) for name in of_frame]
+                    when = [{**record, **face}.get(name) for name in ("frame", "time", "track")]
                     table.writerow([text_cell(record["file"]), number, *when, *face_cells(face)])
 
         yield add
@@ -1200,8 +1153,9 @@ class Summary:
         pictures: of the longest tracks, the probability of the surest label and the face at that time.
     """
 
-    def __init__(self, classes: Sequence[str]):
-        self.classes = classes
+    def __init__(self, classes: Sequence[str], labels: Sequence[str] = ()):
+        """Start empty; `labels` are the classes and what else a face may be called, if there is more."""
+        self.classes, self.labels = classes, labels or classes
         self.start: Fraction | None = None
         self.end = Fraction(0)
         self._bin_width = BIN_WIDTH
@@ -1217,7 +1171,7 @@ class Summary:
         self.end = frame.time + frame.duration
         for face in faces:
             track, probs = face["track"], face["probs"].values()
-            seconds = [float(frame.duration) * (name == face["emotion"]) for name in self.classes]
+            seconds = [float(frame.duration) * (name == face["emotion"]) for name in self.labels]
             when = int((frame.time - self.start) / BIN_WIDTH)
             self._rows.append((track, when, float(frame.time), float(self.end), *seconds, *probs))
             self.seen[track] += 1
@@ -1242,7 +1196,7 @@ class Summary:
 
         if not self._rows and self._sums is not None:
             return self._sums
-        sums = [f"{kind}_{name}" for kind in ("seconds", "prob") for name in self.classes]
+        sums = [f"seconds_{name}" for name in self.labels] + [f"prob_{name}" for name in self.classes]
         rows = pd.DataFrame(self._rows, columns=["track", "bin", "first", "last", *sums])
         rows = rows.astype({"track": int, "bin": int, **dict.fromkeys(["first", "last", *sums], float)})
         rows["bin"] //= int(self._bin_width / BIN_WIDTH)
@@ -1257,8 +1211,8 @@ class Summary:
     def tracks(self) -> pd.DataFrame:
         """Return a row for each track: its times in s, its commonest label, and each label's share."""
         table = self._sum_up().groupby("track")
-        seconds = table[[f"seconds_{name}" for name in self.classes]].sum()
-        seconds.columns = self.classes
+        seconds = table[[f"seconds_{name}" for name in self.labels]].sum()
+        seconds.columns = self.labels
         shares = seconds.div(seconds.sum(axis=1), axis=0)
         tracks = table.agg({"first": "min", "last": "max"})
         tracks["seconds"] = seconds.sum(axis=1)
@@ -1271,12 +1225,12 @@ class Summary:
             tqdm.write(f"{shared.printable(path)}: no face found", file=sys.stderr)
         elif not as_json:
             tracks = self.tracks()
-            seconds = [(tracks["seconds"] * tracks[f"share_{name}"]).sum() for name in self.classes]
+            seconds = [(tracks["seconds"] * tracks[f"share_{name}"]).sum() for name in self.labels]
             top = int(np.argmax(seconds))
             counts = f"{len(tracks)} track{'s' * (len(tracks) > 1)}, {float(self.end - self.start):.1f} s"
             name, share = shared.printable(path), seconds[top] / sum(seconds)
             with needed("standard output"):
-                tqdm.write(f"{name}\t{counts}\t{self.classes[top]}\t{share:.2f}")
+                tqdm.write(f"{name}\t{counts}\t{self.labels[top]}\t{share:.2f}")
 
     def runs(self, track: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cut a track where it is out of sight; yield bin edges, s (T + 1,), and mean probs (T + 1, C)."""
@@ -1476,14 +1430,15 @@ class Kit(NamedTuple):
 
     finder: shared.FaceFinder
     classifier: shared.Classifier
-    colors: dict[str, str]
+    colors: dict[str, str]  # of all that a label may be
     font_path: Path | None
+    unsure: float  # see `model.face_record`
 
 
 def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
     """Write a photo's labelled copy; return the record that --json prints."""
     image = shared.open_picture(path)
-    faces = classify_faces(image, kit.finder, kit.classifier)
+    faces = shared.label_faces(image, kit.finder, kit.classifier, kit.unsure)
     save_image(draw_faces(image, faces, kit.colors, kit.font_path), copy)
     return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
 
@@ -1524,13 +1479,13 @@ def label_video(
         ValueError: no frame could be read.
         OSError: an output could not be written.
     """
-    summary, drawn, writer = Summary(kit.classifier.classes), {}, None
+    summary, drawn, writer = Summary(kit.classifier.classes, list(kit.colors)), {}, None
     with ExitStack() as stack:
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
         stack.enter_context(writing_outputs(video.name))
         file = parts.get("faces", Path(os.devnull)).open("w", newline="", encoding="utf-8")
         table = csv.writer(stack.enter_context(file))
-        table.writerow(["frame", "time", "track", *face_columns(kit.classifier.classes)])
+        table.writerow(["frame", "time", "track", *shared.face_columns(kit.classifier.classes)])
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         followed = stack.enter_context(closing(in_background(follow(frames, batch_size=ahead), ahead)))
@@ -1557,6 +1512,18 @@ def label_video(
             tracks["emotion"] = tracks["emotion"].map(text_cell)
             tracks.to_csv(parts["tracks"], index=False, lineterminator="\r\n")
     return summary
+
+
+def load_classifier(path: Path, device: torch.device, emotions: Sequence[str]) -> shared.Classifier:
+    """Read the model of --model, to tell --emotions apart.
+
+    Raises:
+        ValueError: as `model.Classifier`, or an INPUT was taken for an emotion.
+    """
+    if swallowed := [name for name in emotions if Path(name).exists()]:
+        classes = ", ".join(shared.Classifier(path, device, ["all"]).classes)
+        raise ValueError(f"{swallowed[0]} is no emotion, of {classes}; put INPUT before --emotions")
+    return shared.Classifier(path, device, emotions)
 
 
 def describe_version(model_path: Path) -> str:
@@ -1615,12 +1582,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
     add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
     add("--model", type=Path, default=shared.DEFAULT_MODEL, metavar="FILE", help="checkpoint")
+    emotions_help = (
+        "tell these apart, or all that the model has learned (default: those that it was made for)"
+    )
+    add("--emotions", nargs="+", default=(), metavar="NAME", help=emotions_help)
+    unsure_help = f"call faces whose likeliest emotion is less likely {shared.UNSURE}; 0: none"
+    add("--unsure", type=share, default=0.0, metavar="P", help=unsure_help)
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
     shared.add_options(parser, device="auto")
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
     if not (args.inputs or args.camera is not None or args.version):
-        parser.error("name an INPUT or a --camera")
+        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions")
     if args.version:
         print(describe_version(args.model))
         sys.exit()
@@ -1646,8 +1619,9 @@ def main(argv: list[str] | None = None) -> None:
     window = Window("emotions, q ends") if is_live else None
     device = shared.pick_device(args.device)
     finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
-    classifier = shared.Classifier(args.model, device)
-    kit = Kit(finder, classifier, class_colors(classifier.classes), args.font)
+    classifier = load_classifier(args.model, device, args.emotions)
+    colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
+    kit = Kit(finder, classifier, colors, args.font, args.unsure)
     follow = functools.partial(
         follow_faces,
         finder=finder,
@@ -1655,10 +1629,11 @@ def main(argv: list[str] | None = None) -> None:
         every=args.every,
         search_every=args.search_every,
         smooth=args.smooth,
+        unsure=args.unsure,
     )
 
-    has_failed, has_videos = False, any(source.kind != "photo" for source in plan)
-    with open_table(args.csv, classifier.classes, has_videos) as add_rows:
+    has_failed = False
+    with open_table(args.csv, classifier.classes) as add_rows:
 
         def emit(record: dict) -> None:
             print_record(record, args.json)

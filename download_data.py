@@ -32,6 +32,7 @@ import contextlib
 import functools
 import hashlib
 import html
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -44,14 +45,18 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
+from urllib.request import Request, getproxies, proxy_bypass
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import model as shared
@@ -64,7 +69,9 @@ if TYPE_CHECKING:
     from urllib3 import HTTPResponse
     from urllib3.util import Url
 
-    Ask = Callable[[str, dict], dict]  # (url, fields) -> what a public API answers
+    # (url, fields) -> what a public API answers; None: it has no more
+    Ask = Callable[[str, dict], dict | None]
+    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -75,21 +82,29 @@ ENGINES = ("google", "openverse", "commons", "duckduckgo", "bing", "urls")
 
 SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet transform resizes to
 MIN_SIDE = 64  # pixels, chosen here: less is an icon or a counting pixel
+FLAT_LEVELS = 4  # of 255, chosen here: what JPEG makes of one colour; the darkest photo varies more
 MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
 # Of 500 scraped photos, copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits; of their
 # 124,750 pairs 32 do not differ at all, being the same picture, one by 4 bits, and the others by 6 and more.
 NEAR_BITS = 4
 
+# Which addresses are special: https://www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-.
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+# What ipaddress of Python 3.11 does not know: protocol assignments, 6to4 relays, documentation.
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
+
 PER_HOST = 2  # downloads at a time from one host; chosen here, browsers take six
+PORTS = {"http": 80, "https": 443}
 MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
 BACKOFF_S = 1.0  # before the first retry; doubles from one to the next
+MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here; for longer it is left alone
 CHUNK_BYTES = 2**16
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
-UNREACHABLE, REMOVED = "unreachable", "removed"
-# Why a picture is not kept, in the order of the table. Only what was unreachable is tried again.
-REASONS = (UNREACHABLE, "http error", "not allowed", "too big", "no image", "too small")
+UNREACHABLE, BUSY, REMOVED, NOT_TRIED = "unreachable", "busy", "removed", "not tried"
+# Why a picture is not kept, in the order of the table. The next run tries the first two again.
+REASONS = (UNREACHABLE, BUSY, "http error", "not allowed", "too big", "no image", "too small", "one colour")
 REASONS += ("changed", "no face", "several faces", "copy", "two labels")
 FOUND = ("url", "page", "title", "license", "is_thumbnail")  # what the journal keeps of each Result
 
@@ -127,10 +142,15 @@ class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the open internet: not private, loopback, link-local, reserved."""
+    """Return whether an IP address is on the open internet, an IPv6 one also by the IPv4 one in it."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-    return ip.is_global and not ip.is_multicast
+    if ip.version == 6 and ip in NAT64:
+        ip = ipaddress.IPv4Address(ip.packed[-4:])
+    if any(ip in network for network in NOT_PUBLIC if network.version == ip.version):
+        return False
+    # Of IPv6 only 2000::/3 is given out; the rest is reserved, which is_global does not look at.
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
 
 
 def parse_http_url(url: str) -> Url:
@@ -147,20 +167,37 @@ def parse_http_url(url: str) -> Url:
     return parts
 
 
-def connect(host: str, port: int, timeout_s: float, allow_private: bool) -> socket.socket:
-    """Connect to the first address of a host that answers, each in an equal share of the time.
-
-    The name is resolved once, and the very address that was checked is connected to, so a name server cannot
-    change its mind in between. Raises Refusal for private addresses, OSError where none answers.
-    """
+def resolve(host: str, port: int, allow_private: bool) -> list[str]:
+    """Return the addresses of a host; raises Refusal if one of them is private, OSError if there is none."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    *others, last = addresses = list(dict.fromkeys(info[4][0] for info in found))
+    addresses = list(dict.fromkeys(info[4][0] for info in found))
     if not allow_private and not all(map(is_public, addresses)):
         raise Refusal("not allowed", f"{host} is at a private address; --allow-private permits that")
+    return addresses
+
+
+def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.socket:
+    """Connect to the first address that answers, each in an equal share of the time; raises OSError."""
+    *others, last = addresses
     for address in others:
         with contextlib.suppress(OSError):
             return socket.create_connection((address, port), timeout_s / len(addresses))
     return socket.create_connection((last, port), timeout_s / len(addresses))
+
+
+def read_proxies() -> dict[str, Url]:
+    """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
+    from urllib3.exceptions import LocationParseError
+    from urllib3.util import parse_url
+
+    proxies = {}
+    for scheme, address in getproxies().items():
+        if scheme in ("http", "https"):
+            with contextlib.suppress(LocationParseError):
+                proxies[scheme] = parse_url(address)
+            if scheme not in proxies or proxies[scheme].scheme not in (None, "http"):
+                raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
+    return proxies
 
 
 def shut_down(connection: socket.socket) -> None:
@@ -172,14 +209,17 @@ def shut_down(connection: socket.socket) -> None:
 class Downloader:
     """Fetches over http and https what strangers serve, from several threads at once.
 
-    urllib3 makes the requests and decodes the answers, but neither connects nor follows redirects: each
-    address is checked before it is connected to, and one deadline holds for the whole of a request, which
-    takes a socket of our own.
+    urllib3 makes the requests, also through a proxy, and decodes the answers. But each address is checked
+    before it is connected to, the name is not resolved again, so that a name server cannot change its mind in
+    between, and one deadline holds for the whole of a request; so the sockets and redirects are our own.
 
     Args:
         timeout_s: seconds for one request.
         retries: how often to try again what may be a passing failure.
         contact: who is asking, for the user agent.
+
+    Raises:
+        ValueError: the environment names a proxy that cannot be used.
     """
 
     def __init__(self, timeout_s: float, retries: int, allow_private: bool, contact: str | None):
@@ -192,9 +232,11 @@ class Downloader:
         agent = f"emotion-detector/1.0 ({contact or 'data for research'})"
         self.headers = make_headers(user_agent=agent, accept_encoding=True)  # what urllib3 can decode here
         self.headers |= {"Accept": "image/*, application/json", "Connection": "close"}
+        self._proxies = read_proxies()
         self._tls = ssl.create_default_context()
         self._tls.load_verify_locations(certifi.where())  # not every system brings its own
         self._slots = {}  # by host
+        self._rests = {}  # by host: when it may be asked again
         self._connections = set()
         self._is_closed = threading.Event()
 
@@ -204,52 +246,63 @@ class Downloader:
         for connection in list(self._connections):
             shut_down(connection)
 
-    def get(self, url: str) -> bytes:
-        """Fetch a body, through redirects and retries; raises Refusal."""
+    def get(self, url: str, *, page: str = "", token: str = "") -> bytes:
+        """Fetch a body, through redirects and retries; raises Refusal.
+
+        Args:
+            page: where `url` is shown, for sites that refuse it to those who do not come from there.
+            token: a key for `url`, not for what it redirects to.
+        """
         for attempt in range(self.retries):
             try:
-                return self._follow(url)
+                return self._follow(url, page, token)
             except Refusal as refusal:
                 if refusal.reason != UNREACHABLE or self._is_closed.wait(BACKOFF_S * 2**attempt):
                     raise
-        return self._follow(url)
+        return self._follow(url, page, token)
 
-    def _follow(self, url: str) -> bytes:
-        """Fetch a body through redirects, each of which is checked like the first URL."""
+    def _follow(self, url: str, page: str, token: str) -> bytes:
+        """Fetch a body through redirects, each of which is checked like the first URL and may set cookies."""
+        cookies, headers = CookieJar(), {"Authorization": f"Bearer {token}"} if token else {}
         for _ in range(1 + MAX_REDIRECTS):
-            body, location = self._exchange(parse_http_url(url))
+            parts = parse_http_url(url)
+            try:
+                body, location = self._exchange(parts, headers, cookies)
+            except Refusal as refusal:
+                if refusal.detail != "HTTP 403" or "Referer" in headers:
+                    raise
+                headers["Referer"] = f"{parts.scheme}://{parts.netloc}/"
+                with contextlib.suppress(Refusal):
+                    headers["Referer"] = parse_http_url(page)._replace(auth=None, fragment=None).url
+                continue
             if not location:
                 return body
+            headers.pop("Authorization", None)
             try:
                 url = urljoin(url, location)
             except ValueError:
                 raise Refusal("not allowed", "redirected to what is not a URL") from None
         raise Refusal("http error", f"more than {MAX_REDIRECTS} redirects")
 
-    def _exchange(self, url: Url) -> tuple[bytes, str]:
+    def _exchange(self, url: Url, headers: dict[str, str], cookies: CookieJar) -> tuple[bytes, str]:
         """Make one request; return the body, or where it is redirected to."""
         from http.client import HTTPException
         from ssl import SSLCertVerificationError
 
-        from urllib3.connection import HTTPConnection
         from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
 
-        host, port = url.host.strip("[]"), url.port or {"http": 80, "https": 443}[url.scheme]
-        with self._slots.setdefault(host, threading.Semaphore(PER_HOST)):
-            end = time.monotonic() + self.timeout_s
+        request = Request(url.url, headers={**self.headers, **headers, "Host": url.netloc})
+        cookies.add_cookie_header(request)
+        with self._slots.setdefault(url.host, threading.Semaphore(PER_HOST)):
+            wait_s = max(self._rests.get(url.host, 0) - time.monotonic(), 0)
+            if wait_s > MAX_REST_S or self._is_closed.wait(wait_s):
+                raise Refusal(BUSY, f"{url.host} asks for {wait_s:.0f} s of rest")
             try:
-                with contextlib.closing(HTTPConnection(host, port, timeout=self.timeout_s)) as client:
-                    client.sock = connect(host, port, self.timeout_s, self.allow_private)
-                    if url.scheme == "https":
-                        client.sock = self._tls.wrap_socket(
-                            client.sock, server_hostname=host, do_handshake_on_connect=False
-                        )
-                    with self._watched(client.sock, end):
-                        if url.scheme == "https":
-                            client.sock.do_handshake()
-                        headers = {**self.headers, "Host": url.netloc}
-                        client.request("GET", url.request_uri, headers=headers, preload_content=False)
-                        return read_answer(client.getresponse())
+                with self._asked(url, dict(request.header_items())) as response:
+                    cookies.extract_cookies(response, request)
+                    if rest_s := read_retry_after(response):
+                        self._rests[url.host] = time.monotonic() + rest_s
+                    return read_answer(response)
             except SSLCertVerificationError as error:
                 raise Refusal("not allowed", f"TLS certificate: {error.verify_message}") from None
             except DecodeError:
@@ -259,6 +312,35 @@ class Downloader:
             except (OSError, HTTPException, HTTPError, UnicodeError) as error:
                 detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
                 raise Refusal(UNREACHABLE, detail) from None
+
+    @contextlib.contextmanager
+    def _asked(self, url: Url, headers: dict[str, str]) -> Iterator[HTTPResponse]:
+        """Connect to a URL's host, or its proxy, and ask for it; yield the answer, its body not read yet."""
+        from urllib3.connection import HTTPConnection, HTTPSConnection
+        from urllib3.util import make_headers
+
+        end = time.monotonic() + self.timeout_s
+        host, port, target = url.host.strip("[]"), url.port or PORTS[url.scheme], url.request_uri
+        proxy = None if proxy_bypass(url.netloc) else self._proxies.get(url.scheme)
+        if not (proxy and self.allow_private):  # else only the proxy need know the host
+            addresses = resolve(host, port, self.allow_private)
+        if url.scheme == "https":
+            client = HTTPSConnection(host, port, timeout=self.timeout_s, ssl_context=self._tls)
+        else:
+            client = HTTPConnection(host, port, timeout=self.timeout_s)
+        if proxy:
+            login = make_headers(proxy_basic_auth=unquote(proxy.auth)) if proxy.auth else {}
+            if url.scheme == "https":
+                client.set_tunnel(host, port, headers=login)
+            else:
+                headers, target = headers | login, url.url
+            port = proxy.port or PORTS["http"]
+            addresses = resolve(proxy.host.strip("[]"), port, allow_private=True)
+        with connect(addresses, port, self.timeout_s) as connection, contextlib.closing(client):
+            client._new_conn = lambda: connection  # as urllib3's own contrib.socks brings its socket in
+            with self._watched(connection.dup(), end):  # TLS takes the socket away, but not its double
+                client.request("GET", target, headers=headers, preload_content=False)
+                yield client.getresponse()
 
     @contextlib.contextmanager
     def _watched(self, connection: socket.socket, end: float) -> Iterator[None]:
@@ -273,13 +355,26 @@ class Downloader:
         finally:
             timer.cancel()
             self._connections.discard(connection)
+            connection.close()
             if time.monotonic() >= end or self._is_closed.is_set():
                 raise TimeoutError(f"not done after {self.timeout_s:g} s")
+
+
+def read_retry_after(response: HTTPResponse) -> float:
+    """Return for how many seconds a server wants no further request, 0 if it does not say."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or one that cannot be
+        return Retry().get_retry_after(response) or 0
+    return 0
 
 
 def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
     """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
     if location := response.get_redirect_location():
+        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
+            location = location.encode("latin-1").decode()
         return b"", location
     if response.status != 200:
         is_passing = response.status in (408, 429) or response.status >= 500
@@ -302,7 +397,7 @@ EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # others are n
 def read_photo(path: Path) -> tuple[Image.Image, str]:
     """Decode a file of unknown origin; return the upright RGB photo and its real format's extension.
 
-    Raises Refusal if it is no picture of a known format, damaged, too small or too big.
+    Raises Refusal if it is no picture of a known format, damaged, too small, too big, or of one colour.
     """
     try:
         photo = shared.open_picture(path, max_pixels=MAX_PIXELS)
@@ -315,6 +410,8 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
         raise Refusal("no image", "a web page" if is_page else "an unknown format") from None
     if min(photo.size) < MIN_SIDE:
         raise Refusal("too small", f"{photo.width}x{photo.height} pixels")
+    if all(high - low <= FLAT_LEVELS for low, high in photo.getextrema()):
+        raise Refusal("one colour", "a flat area")
     return photo, EXTENSIONS.get(photo.format, f".{photo.format.lower()}")
 
 
@@ -327,13 +424,39 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
     return [round(float(edge), 1) for edge in boxes[0]]
 
 
-def find_copy(records: Iterable[dict], sha256: str, phash: str) -> dict | None:
-    """Return the first record of a picture that is the same, to the byte or to the eye, or None."""
-    for record in records:
-        differing_bits = (int(record["phash"], 16) ^ int(phash, 16)).bit_count()
-        if record["sha256"] == sha256 or differing_bits <= NEAR_BITS:
-            return record
-    return None
+class CopyFinder:
+    """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
+
+    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts.
+    """
+
+    def __init__(self):
+        self._records = []
+        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
+
+    def _keys(self, sha256: str, phash: str) -> Iterator[object]:
+        """Return what a picture and each of its copies may have in common."""
+        yield sha256
+        part_bits = -(-64 // (NEAR_BITS + 1))
+        for part in range(NEAR_BITS + 1) if phash else ():
+            yield part, int(phash, 16) >> part * part_bits & (1 << part_bits) - 1
+
+    def add(self, record: dict) -> None:
+        """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
+        if not re.fullmatch("[0-9a-f]{64} [0-9a-f]{16}", f"{record['sha256']} {record['phash']}"):
+            raise ValueError("no hashes")
+        for key in self._keys(record["sha256"], record["phash"]):
+            self._numbers[key].append(len(self._records))
+        self._records.append(record)
+
+    def find(self, sha256: str, phash: str = "") -> dict | None:
+        """Return the first record of the same picture, or None."""
+        for number in sorted({n for key in self._keys(sha256, phash) for n in self._numbers.get(key, ())}):
+            record = self._records[number]
+            differing_bits = (int(record["phash"], 16) ^ int(phash or "0", 16)).bit_count()
+            if record["sha256"] == sha256 or (phash and differing_bits <= NEAR_BITS):
+                return record
+        return None
 
 
 # --- data set ---
@@ -347,6 +470,47 @@ def timestamp() -> str:
 def url_digest(url: str) -> str:
     """Return a name for a URL that does not give it away."""
     return hashlib.sha256(url.encode()).hexdigest()
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raise ValueError if one of some files and folders is a link, which may lead anywhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, expected what this script wrote; delete the link")
+
+
+def check_label(label: object) -> str:
+    """Return a label, in Unicode's composed form, that can name a folder anywhere, else raise ValueError."""
+    name = unicodedata.normalize("NFC", str(label))
+    letters = "".join(letter for letter in name if unicodedata.category(letter)[0] != "M")  # accents are fine
+    is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
+    if not is_name or len(name.encode()) > MAX_LABEL_BYTES or DEVICE.fullmatch(name):
+        raise ValueError(
+            f"label {name[:50]!r}, expected letters, digits, - and _, {MAX_LABEL_BYTES} bytes at most, "
+            "and no name of a device"
+        )
+    return name
+
+
+def check_texts(*values: object) -> None:
+    """Raise ValueError if one of some values is no text."""
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("not a text")
+
+
+def read_result(fields: dict) -> Result:
+    """Return the Result that a line of JSON describes; raises ValueError or TypeError if it does not."""
+    result = Result(**fields)
+    check_texts(result.url, result.page, result.title, result.license, result.sha256)
+    left, top, right, bottom = result.face_box or (0, 0, 0, 0)
+    is_box = -1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6
+    if not is_box or not result.url.encode():
+        raise ValueError("no box, or no URL")
+    return result
+
+
+MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
+DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
 
 
 class DataSet:
@@ -363,16 +527,19 @@ class DataSet:
         shorter_side: shrink the pictures to that many pixels, and store them as JPEG.
 
     Raises:
-        ValueError: the journal is damaged, other than by a last line that breaks off.
+        ValueError: the journal is damaged, other than by a last line that breaks off, or not this script's.
     """
 
     def __init__(self, folder: Path, shorter_side: int | None):
         self.folder, self.shorter_side = folder, shorter_side
         self.journal = folder / "manifest.jsonl"
         self.incoming = folder / ".incoming"
-        self.incoming.mkdir(parents=True, exist_ok=True)
-        for half_written in self.incoming.glob("*.tmp"):  # by a run that was killed
-            half_written.unlink()
+        named = folder if folder.name not in ("", "..") else folder.resolve()
+        self.sheets = named.with_name(f"{named.name}_sheets")
+        refuse_links(self.journal, self.incoming)
+        for path in self.incoming.glob("*"):
+            if path.is_symlink() or shared.TEMPORARY.fullmatch(path.name):  # of a run that was killed
+                path.unlink()
         self._load_journal()
 
     def _load_journal(self) -> None:
@@ -380,7 +547,9 @@ class DataSet:
         self.searches = {}  # (engine, label, query): its record
         self.outcomes = {}  # (engine, label, query, url): its record
         self.by_url = {}  # url: the first record that settled it
-        self.removed = []
+        self.kept = defaultdict(list)  # label: records
+        self.copies = CopyFinder()  # of what is kept
+        self.removed, self.barred, self.barred_urls = [], CopyFinder(), set()
         data = self.journal.read_bytes() if self.journal.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -388,34 +557,56 @@ class DataSet:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._take_in(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 message = f"{self.journal}, line {number} is no record of this script; delete that line"
                 raise ValueError(message) from None
-        waiting = {path.name for path in self.incoming.iterdir()}
-        for url, record in self.by_url.items():
+        waiting = {path.name for path in self.incoming.glob("*")}
+        for url, record in self.by_url.items() if waiting else ():
             if url_digest(url) in waiting:
                 self._place(record)
 
     def _take_in(self, record: dict) -> None:
-        """Remember a record of the journal."""
+        """Remember a record of the journal; raises some error if it is not one that this script writes."""
         if record["status"] == "removed":
             self.removed.append(record)
+            self.barred_urls.update(record["url_sha256"])
+            for mark in record["pictures"]:
+                self.barred.add(mark)
             return
-        key = record["engine"], record["label"], record["query"]
+        key = record["engine"], check_label(record["label"]), record["query"]
+        check_texts(*key, record.get("copy_of", ""))
         if record["status"] == "searched":
+            if not isinstance(record["asked"], int):
+                raise ValueError("not a number")
+            for fields in record["results"]:
+                read_result(fields)
             self.searches[key] = record
             return
-        self.outcomes[*key, record["url"]] = record
+        fields = {name: record[name] for name in Result._fields if name in record}
+        url, sha256 = read_result(fields).url, record.get("sha256", "")
+        if record["status"] == "kept":
+            self.copies.add(record)
+            if not re.fullmatch(rf"{key[1]}/{sha256[:16]}\.\w+", record["file"]):
+                raise ValueError("not where a picture of this label belongs")
+            self.kept[key[1]].append(record)
+        elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
+            raise ValueError("no outcome")
+        else:
+            check_texts(record["detail"])
+        self.outcomes[*key, url] = record
         if record["status"] != "failed":
-            self.by_url.setdefault(record["url"], record)
+            self.by_url.setdefault(url, record)
 
     def _append_to_journal(self, record: dict) -> dict:
         """Write a record down, with the time, and remember it; return it."""
         record = {**record, "time": timestamp()}
-        with self.journal.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.journal.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(f"cannot write {self.journal}: {error.strerror}") from None
         self._take_in(record)
         return record
 
@@ -427,29 +618,29 @@ class DataSet:
             scale = min(self.shorter_side / min(photo.size), 1)
             size = [round(length * scale) for length in photo.size]
             small = photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-            with shared.replacing(self.folder / record["file"], sync=True) as temporary:
+            with shared.replacing(self.path(record), sync=True) as temporary:
                 small.save(temporary, "JPEG", quality=90, icc_profile=photo.info.get("icc_profile"))
         elif record["status"] == "kept":
-            target = self.folder / record["file"]
-            target.parent.mkdir(exist_ok=True)
-            source.replace(target)
+            self.path(record).parent.mkdir(exist_ok=True)
+            source.replace(self.path(record))
         source.unlink(missing_ok=True)
 
-    def kept(self, label: str | None = None) -> list[dict]:
-        """Return the records of what is kept, of one label or all."""
-        kept = [record for record in self.outcomes.values() if record["status"] == "kept"]
-        return [record for record in kept if label in (None, record["label"])]
+    def path(self, record: dict) -> Path:
+        """Return where a kept picture is; raises ValueError if a link could lead elsewhere."""
+        path = self.folder / record["file"]
+        refuse_links(path.parent, path)
+        return path
 
-    def note_search(self, engine: str, query: Query, results: Iterable[Result]) -> dict:
-        """Write down what a search brought, beside what it did before, and without what is to stay away."""
-        gone = {digest for record in self.removed for digest in record["url_sha256"]}
-        before = self.searches.get((engine, query.label, query.text), {"results": []})
-        found = {fields["url"]: fields for fields in before["results"]}
-        for result in results:
-            if url_digest(result.url) not in gone:
-                found[result.url] = {name: value for name, value in result._asdict().items() if value}
-        record = {"status": "searched", "engine": engine, "label": query.label, "query": query.text}
-        return self._append_to_journal({**record, "asked": query.limit, "results": list(found.values())})
+    def there(self, label: str) -> list[dict]:
+        """Return the records of a label's pictures that are kept and that nobody has deleted by hand."""
+        return [record for record in self.kept[label] if self.path(record).exists()]
+
+    def note_search(self, search: dict, results: Iterable[Result], asked: int, is_exhausted: bool) -> dict:
+        """Write down what a search has brought beside what it brought before; return its new record."""
+        found = [{name: value for name, value in result._asdict().items() if value} for result in results]
+        progress = {"asked": asked, "exhausted": is_exhausted, "results": search["results"] + found}
+        noted = {"status": "searched", **search, **progress}
+        return search if noted == search else self._append_to_journal(noted)
 
     def pending(self, search: dict) -> list[Result]:
         """Return the results of a search that are not settled yet."""
@@ -461,11 +652,11 @@ class DataSet:
             if self.outcomes.get((*key, fields["url"]), unsettled)["status"] == "failed"
         ]
 
-    def fetch(self, downloader: Downloader, url: str) -> Path:
+    def fetch(self, downloader: Downloader, result: Result) -> Path:
         """Download into .incoming, unless it is there, and return the path; raises Refusal."""
-        path = self.incoming / url_digest(url)
+        path = self.incoming / url_digest(result.url)
         if not path.exists():
-            body = downloader.get(url)
+            body = downloader.get(result.url, page=result.page)
             with shared.replacing(path, sync=True) as temporary:
                 temporary.write_bytes(body)
         return path
@@ -474,9 +665,8 @@ class DataSet:
         """Raise the Refusal of a URL that was settled before, under whatever label."""
         record = self.by_url[url]
         sha256 = record.get("sha256") or record.get("copy_of")
-        for original in self.kept():
-            if original["sha256"] == sha256:
-                refuse_copy(original, label)
+        if original := self.copies.find(sha256 or ""):
+            refuse_copy(original, label)
         raise Refusal(record["reason"], record["detail"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
@@ -487,7 +677,7 @@ class DataSet:
             if outcome.reason == REMOVED:
                 self.forget({result.url}, [])
                 return
-            record["status"] = "failed" if outcome.reason == UNREACHABLE else "rejected"
+            record["status"] = "failed" if outcome.reason in (UNREACHABLE, BUSY) else "rejected"
             record |= {"reason": outcome.reason, "detail": outcome.detail}
             if outcome.original:
                 record["copy_of"] = outcome.original["sha256"]
@@ -514,9 +704,9 @@ class DataSet:
             )
         copies = [r for r in outcomes if r.get("sha256") in shas or r.get("copy_of") in shas]
         kept = [record for record in copies if record["status"] == "kept"]
-        files = [self.folder / record["file"] for record in kept]
+        files = [path for path in map(self.path, kept) if path.exists()]
         for path in files:
-            path.unlink(missing_ok=True)
+            path.unlink()
         self.forget(urls | {record["url"] for record in copies}, kept)
         return files
 
@@ -557,11 +747,11 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
     sha256 = shared.file_digest(path)
     photo, extension = read_photo(path)
     phash = str(imagehash.phash(photo))
-    if find_copy((mark for record in dataset.removed for mark in record["pictures"]), sha256, phash):
+    if dataset.barred.find(sha256, phash):
         raise Refusal(REMOVED, "")
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    if original := find_copy(dataset.kept(), sha256, phash):
+    if original := dataset.copies.find(sha256, phash):
         refuse_copy(original, label)
     extension = ".jpg" if dataset.shorter_side else extension
     return {
@@ -576,15 +766,18 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
 
 
 def collect(
-    search: dict, dataset: DataSet, fetch: Callable[[str], Future], find_face: FindFace | None
+    search: dict,
+    results: Sequence[Result],
+    dataset: DataSet,
+    fetch: Callable[[Result], Future],
+    find_face: FindFace | None,
 ) -> None:
-    """Settle each result of a search, in order, so that chance does not decide which copy is kept.
+    """Settle results of a search, in order, so that chance does not decide which copy is kept.
 
     Args:
         fetch: starts a download; the future's result is the file's path, or it raises Refusal.
     """
-    results = dataset.pending(search)
-    futures = {result.url: fetch(result.url) for result in results if result.url not in dataset.by_url}
+    futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
         for result in results:
             try:
@@ -600,13 +793,103 @@ def collect(
             future.cancel()
 
 
+def new_results(
+    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
+) -> Iterator[Result]:
+    """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
+    count = Counter()
+    try:
+        for result in found:
+            count[bool(result)] += 1
+            if result and result.url not in known and url_digest(result.url) not in barred:
+                known.add(result.url)
+                yield result
+    finally:
+        if count[False]:
+            message = f"{text}: {count[False]} of {count.total()} results have no address and are left out"
+            print(shared.printable(message), file=sys.stderr)
+
+
+def work_off(
+    query: Query,
+    engine: str,
+    start_engine: Callable[[], SearchFor],
+    dataset: DataSet,
+    settle: Callable[[dict, list[Result]], None],
+    *,
+    target: int | None,
+) -> None:
+    """Settle what is pending of a query, then search, until its limit or its label's target is reached.
+
+    What was found before a search breaks off is settled too; then its ValueError is raised.
+
+    Args:
+        settle: see `collect`.
+        target: pictures of the label to keep; None: settle all that is found.
+    """
+    key = {"engine": engine, "label": query.label, "query": query.text}
+    search = dataset.searches.get(tuple(key.values()), {**key, "asked": 0, "results": []})
+    known = {fields["url"] for fields in search["results"]}
+
+    def missing() -> int:
+        """Return how many pictures more to keep."""
+        return max(target - len(dataset.there(query.label)), 0) if target else sys.maxsize
+
+    def wanted() -> int:
+        """Return how many results more to ask for."""
+        number = sys.maxsize if engine == "urls" else query.limit - len(known)
+        return max(min(number, missing()), 0)
+
+    pending = iter(dataset.pending(search))
+    while chunk := list(itertools.islice(pending, missing())):
+        settle(search, chunk)
+    is_done = search.get("exhausted") if target else search["asked"] >= query.limit
+    if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
+        return
+    trouble = None
+    with contextlib.closing(
+        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
+    ) as found:
+        while not trouble and (number := wanted()):
+            chunk = []
+            try:
+                chunk.extend(itertools.islice(found, number))  # keeps what comes before an error
+            except ValueError as error:
+                trouble = error
+            is_exhausted = not trouble and len(chunk) < number
+            if chunk or not trouble:
+                asked = len(known) if trouble or target else query.limit
+                search = dataset.note_search(search, chunk, asked, is_exhausted)
+                settle(search, chunk)
+            if is_exhausted:
+                return
+    if trouble:
+        raise trouble
+
+
 # --- Google ---
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
 # What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
-REJECT_COOKIES, ACCEPT_COOKIES = "#W0wltc", "#L2AGLb"
+# Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
+# fields are the same in all languages; the words are for the day when they change.
+REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
+REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
+REJECT_WORDS = (
+    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
+)
+REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
+CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
+# Further results are asked for at the page's end, in ways that have changed with the years.
+MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
+MORE_WORDS = (
+    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
+)
+MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
+MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
+MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -644,6 +927,13 @@ LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
   title: tile.querySelector('img')?.alt || '',
 }})), (window.keptBodies || []).splice(0)]"""
 IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
+CLICK = f"""const [selector, words] = arguments, called = new RegExp(`^(${{words}})$`, 'i');
+const controls = `${{selector}}, button, a, [role=button], [type=button], [type=submit]`;
+const control = [...document.querySelectorAll(controls)].find(
+  (found) => found.checkVisibility() && !found.closest('{TILE}') && (found.matches(selector) ||
+    called.test((found.ariaLabel || found.value || found.textContent).trim())));
+control?.click();
+return Boolean(control);"""
 CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
 (tile?.querySelector('a, img') || tile)?.click()"""
 
@@ -696,7 +986,7 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
     there is none, or it ends.
     """
     from selenium import webdriver
-    from selenium.common.exceptions import WebDriverException
+    from selenium.common.exceptions import SessionNotCreatedException, WebDriverException
     from urllib3.exceptions import HTTPError
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -715,6 +1005,9 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
         options.add_argument("--headless=new")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # as root Chromium does not start with it
+    # Selenium would look for chromedriver, which is on this machine, behind a proxy.
+    bypassed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{bypassed},localhost" if bypassed else "localhost"
     # A session of its own: Ctrl-C reaches this script alone, which then closes the browser in order.
     service = webdriver.ChromeService(driver_path, popen_kw={"start_new_session": True})
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` runs
@@ -724,6 +1017,14 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             driver = webdriver.Chrome(options, service)
             driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEEP_BODIES})
             yield driver
+        except SessionNotCreatedException as error:
+            reason = " ".join(error.msg.partition("; For documentation")[0].split())
+            remedy = (
+                f"{driver_path} and it must be of one version"
+                if "only supports" in reason
+                else "try it by hand"
+            )
+            raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
             raise ValueError(
@@ -757,26 +1058,36 @@ class Google:
         self.records: dict[str, Result] = {}  # of the present page, by docid
         self.tiles: dict[str, dict] = {}
 
-    def search(self, query: Query) -> list[Result]:
-        """Return the results in the page's order; raises ValueError if Google shows something else."""
+    def search(self, query: Query) -> Iterator[Result]:
+        """Find results, up to the limit; raises ValueError if Google shows something else."""
+        return itertools.islice(filter(None, self._find(query)), query.limit)
+
+    def _find(self, query: Query) -> Iterator[Result | None]:
+        """Find results in the page's order, None for those that have no address."""
         self.driver.get(google_url(query.text, self.filters))
         if self._reach_results() == "empty":
-            return []
-        self.records, self.tiles = parse_records(self.driver.page_source), {}
-        while (count := self._look()) < query.limit:
-            self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-            if not wait_until(lambda count=count: self._look() > count, GROW_WAIT_S):
-                break  # the page has no more
-        found = map(self._resolve, self.tiles | self.records)  # in the page's order
-        return list(itertools.islice(filter(None, found), query.limit))
+            return
+        self.records, self.tiles, found = parse_records(self.driver.page_source), {}, set()
+        is_more = bool(self._look())
+        while is_more:
+            for docid in [docid for docid in self.tiles | self.records if docid not in found]:
+                found.add(docid)
+                yield self._resolve(docid)
+            is_more = self._grow(len(found))
+
+    def _grow(self, count: int) -> bool:
+        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
+        self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+        if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
+            return False
+        return wait_until(lambda: self._look() > count, GROW_WAIT_S)
 
     def _state(self) -> str:
         """Return what the browser shows: results, consent, captcha, wall (JavaScript is wanted), or empty."""
         url = urlsplit(self.driver.current_url)
         if url.path.startswith("/sorry/") or self._is_visible("#captcha-form"):
             return "captcha"
-        is_consent = (url.hostname or "").startswith("consent.")
-        if is_consent or self._is_visible(f"{REJECT_COOKIES}, {ACCEPT_COOKIES}"):
+        if (url.hostname or "").startswith("consent.") or self._is_visible(CONSENT):
             return "consent"
         if url.path.startswith("/httpservice/retry/enablejs"):
             return "wall"
@@ -788,15 +1099,23 @@ class Google:
         """Return whether an element of the page that fits is visible."""
         return self.driver.execute_script(IS_VISIBLE, selector)
 
+    def _click(self, selector: str, words: str) -> bool:
+        """Click on the first visible control that fits or bears some words; return whether there is one."""
+        return self.driver.execute_script(CLICK, selector, words)
+
+    def _refuse_cookies(self) -> None:
+        """Answer with no if the browser shows the question."""
+        if self._state() == "consent":
+            wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
+            wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
+
     def _reach_results(self) -> str:
         """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
-        if self._state() == "consent":
-            button = REJECT_COOKIES if self._is_visible(REJECT_COOKIES) else ACCEPT_COOKIES
-            self.driver.execute_script("document.querySelector(arguments[0])?.click()", button)
-            wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
+        self._refuse_cookies()
         if self._state() == "captcha" and self.is_watched:
             print("solve the captcha in the browser's window, the search then goes on", file=sys.stderr)
-            wait_until(lambda: self._state() in ("results", "empty"), SOLVE_WAIT_S)
+            wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
+            self._refuse_cookies()
         if self._state() == "empty":  # or not complete yet
             wait_until(lambda: self._state() != "empty", GROW_WAIT_S)
         state = self._state()
@@ -829,10 +1148,11 @@ class Google:
             return self.records[docid]
         tile = self.tiles[docid]
         fields = dict(parse_qsl(urlsplit(tile["link"]).query))  # /imgres?imgurl=...&imgrefurl=...
+        title = to_text(tile["title"])
         if "imgurl" in fields:
-            return Result(fields["imgurl"], fields.get("imgrefurl", ""), tile["title"])
+            return Result(fields["imgurl"], fields.get("imgrefurl", ""), title)
         if tile["thumbnail"].startswith("http"):
-            return Result(tile["thumbnail"], tile["page"], tile["title"], is_thumbnail=True)
+            return Result(tile["thumbnail"], tile["page"], title, is_thumbnail=True)
         return None
 
 
@@ -851,85 +1171,110 @@ class RateLimit:
         self._next = time.monotonic() + self.delay_s
 
 
-def search_openverse(text: str, ask: Ask) -> Iterator[Result]:
-    """Search openly licensed pictures. Source: https://api.openverse.org/v1/ (image search)."""
+def read_openverse(found: dict) -> Result:
+    """Read a result of Openverse."""
+    licence = f"{found['license']} {found['license_version'] or ''}".strip()
+    return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
+
+
+def search_openverse(text: str, ask: Ask) -> Iterator[list[dict]]:
+    """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
-        for found in answer["results"]:
-            licence = f"{found['license']} {found['license_version'] or ''}".strip()
-            fields = (found["url"], found["foreign_landing_url"], found["title"], licence)
-            yield Result(*map(to_text, fields))
-        if page >= answer["page_count"] or not answer["results"]:
+        if answer is None or not answer["results"]:
+            return
+        yield answer["results"]
+        num_pages = answer.get("page_count")
+        if isinstance(num_pages, int) and page >= num_pages:
             return
 
 
-def search_commons(text: str, ask: Ask) -> Iterator[Result]:
-    """Search Wikimedia Commons. Source: https://www.mediawiki.org/wiki/API:Search and API:Imageinfo."""
+def read_commons(found: dict) -> Result:
+    """Read a result of Wikimedia Commons, the page of a file."""
+    info = found["imageinfo"][0]
+    licence = ((info.get("extmetadata") or {}).get("LicenseShortName") or {}).get("value")
+    fields = (info["url"], info.get("descriptionurl"), found.get("title"), html.unescape(to_text(licence)))
+    return Result(*map(to_text, fields))
+
+
+def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
+    """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
-    go_on = {}
-    while go_on is not None:
-        answer = ask(COMMONS, fields | go_on)
-        pages = answer.get("query", {}).get("pages", [])
-        for page in sorted(pages, key=lambda page: page["index"]):  # by relevance
-            info = page["imageinfo"][0]
-            licence = html.unescape(info["extmetadata"].get("LicenseShortName", {}).get("value", ""))
-            yield Result(info["url"], info["descriptionurl"], page["title"], licence)
+    batch, go_on = {}, {}
+    while go_on is not None and (answer := ask(COMMONS, fields | go_on)) is not None:
+        for page in (answer.get("query") or {}).get("pages") or []:
+            part = page if isinstance(page, dict) else {}  # a batch may come in several answers
+            batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
+        if go_on is None or "batchcomplete" in answer:
+            yield sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # by relevance
+            batch = {}
 
 
-def search_api(name: str, downloader: Downloader, rate_limit: RateLimit, query: Query) -> list[Result]:
+API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
+
+
+def search_api(
+    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
+) -> Iterator[Result | None]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
+    token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
+    last = None
 
-    def ask(url: str, fields: dict) -> dict:
+    def ask(url: str, fields: dict) -> dict | None:
+        nonlocal last
         rate_limit.wait()
         try:
-            return json.loads(downloader.get(f"{url}?{urlencode(fields)}"))
+            answer = json.loads(downloader.get(f"{url}?{urlencode(fields)}", token=token))
+            trouble = answer.get("error") or answer.get("errors") or answer.get("detail")
         except Refusal as refusal:
+            if last and refusal.detail in ("HTTP 400", "HTTP 404"):  # there are fewer pages than it said
+                return None
+            is_key_wrong = token and refusal.detail == "HTTP 401"
+            trouble = refusal.detail + (", is OPENVERSE_TOKEN right?" if is_key_wrong else "")
+        except (ValueError, RecursionError):
+            trouble = "what it sends is no JSON"
+        if trouble:
             raise ValueError(
-                f"{name} does not answer ({refusal.detail}); run the command again later to go on"
-            ) from None
-        except ValueError:
-            raise ValueError(f"{name} answers with what is no JSON; run the command again later") from None
+                f"{name} does not answer ({str(trouble)[:200]}); run the command again later to go on"
+            )
+        if answer == last:  # it repeats itself
+            return None
+        last = answer
+        return answer
 
-    search = {"openverse": search_openverse, "commons": search_commons}[name]
+    search, read = API_PARTS[name]
     try:
-        return list(itertools.islice(search(query.text, ask), query.limit))
+        for found in itertools.chain.from_iterable(search(query.text, ask)):
+            result = None
+            with contextlib.suppress(LookupError, TypeError, AttributeError):
+                result = read(found)
+            yield result if result and result.url else None
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> list[Result]:
+def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
-    try:
-        from ddgs import DDGS
-        from ddgs.exceptions import DDGSException
-    except ImportError:
-        raise ValueError(f"--engine {backend} needs the package ddgs; pip install ddgs") from None
-    results, page = {}, 1
-    while len(results) < query.limit:
+    from ddgs import DDGS
+    from ddgs.exceptions import DDGSException
+
+    urls = set()
+    for page in itertools.count(1):
         rate_limit.wait()
         try:
             found = DDGS().images(query.text, backend=backend, page=page, max_results=None)
         except DDGSException as error:
-            if results or "No results" in str(error):
-                break
+            if "No results" in str(error):
+                return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
-        rows = [Result(*(to_text(item[name]) for name in ("image", "url", "title"))) for item in found]
-        new = {result.url: result for result in rows}
-        if not new.keys() - results.keys():
-            break
-        results |= new
-        page += 1
-    return list(results.values())[: query.limit]
-
-
-def check_label(label: object) -> str:
-    """Return a label that can name a folder, else raise ValueError."""
-    if not isinstance(label, str) or not re.fullmatch(r"\w[\w'-]*", label):
-        raise ValueError(f"label {label!r}, expected letters, digits, - and _")
-    return label
+        results = [Result(*(to_text(row.get(name)) for name in ("image", "url", "title"))) for row in found]
+        if not {result.url for result in results} - urls:
+            return
+        urls |= {result.url for result in results}
+        yield from (result if result.url else None for result in results)
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -937,29 +1282,43 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
 
     Raises ValueError if a line is neither, or its label cannot be a folder's name.
     """
-    results = defaultdict(list)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
+    results, number = defaultdict(list), 0
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    try:
+        with path.open(encoding=encoding) as file:
+            for line in file:
+                number += 1
                 if line.startswith("{"):
                     record = json.loads(line)
                     if record["status"] != "kept":
                         continue
                     label, text = record["label"], record["query"]
-                    result = Result(**{name: record[name] for name in Result._fields})
-                else:
+                    result = read_result({name: record[name] for name in Result._fields})
+                elif line.strip():
                     label, url = line.split()
                     text, result = path.name, Result(url)
+                else:
+                    continue
                 results[check_label(label), text].append(result)
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
-                ) from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
+        ) from None
     if not results:
         raise ValueError(f"{path} lists no picture, expected a manifest.jsonl or lines 'label url'")
     return results
+
+
+def check_engine(name: str, filters: dict[str, str], headful: bool) -> None:
+    """Raise ValueError if an engine lacks a package or a screen, or does not know its filters."""
+    if name in ("duckduckgo", "bing") and not importlib.util.find_spec("ddgs"):
+        raise ValueError(f"--engine {name} needs the package ddgs; pip install ddgs")
+    if name == "google":
+        google_url("", filters)
+        has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if headful and sys.platform == "linux" and not has_screen:  # Chromium would try for a minute
+            raise ValueError("there is no screen for --headful; go without it, see --help")
 
 
 @contextlib.contextmanager
@@ -972,7 +1331,7 @@ def open_engine(
     filters: dict[str, str],
     profile: Path | None,
     headful: bool,
-) -> Iterator[Callable[[Query], list[Result]]]:
+) -> Iterator[SearchFor]:
     """Yield the function that searches with one of ENGINES; it waits for its turn by itself.
 
     Args:
@@ -985,7 +1344,7 @@ def open_engine(
             google = Google(driver, filters, headful)
             yield lambda query: rate_limit.wait() or google.search(query)
     elif name == "urls":
-        yield lambda query: listed[query.label, query.text][: query.limit]
+        yield lambda query: iter(listed[query.label, query.text][: query.limit])
     elif name in ("duckduckgo", "bing"):
         yield functools.partial(search_ddgs, name, rate_limit)
     else:
@@ -994,35 +1353,55 @@ def open_engine(
 
 # --- report ---
 
+PER_SHEET = 100  # pictures
 
-def draw_contact_sheet(dataset: DataSet, label: str) -> Path:
-    """Draw the kept pictures of a label, with their faces and names, into <folder>_sheets/<label>.png."""
-    path = dataset.folder.with_name(dataset.folder.name + "_sheets") / f"{label}.png"
+
+def draw_contact_sheets(dataset: DataSet, label: str) -> None:
+    """Draw the kept pictures of a label into <folder>_sheets/<label>.png, <label>.2.png and so on.
+
+    A sheet that shows what it should stays as it is, so that the work does not grow with each run.
+    """
+    records = dataset.there(label)
+    for number in itertools.count(1):
+        path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
+        shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
+        if shown:
+            draw_contact_sheet(path, dataset, shown)
+        elif path.exists():
+            path.unlink()
+        else:
+            return
+
+
+def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) -> None:
+    """Draw pictures, with their faces and names, into a PNG file, unless it shows just them."""
+    names = " ".join(record["file"] for record in records)
+    with contextlib.suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=["PNG"]) as sheet:
+        if sheet.info.get("pictures") == names:
+            return
     cell, columns = 128, 10  # pixels, pictures
-    records = [record for record in dataset.kept(label) if (dataset.folder / record["file"]).exists()]
-    if not records:
-        path.unlink(missing_ok=True)
-        return path
     rows = -(-len(records) // columns)
     sheet = Image.new("RGB", (columns * cell, rows * (cell + 14)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, record in enumerate(records):
         x, y = i % columns * cell, i // columns * (cell + 14)
-        photo = shared.open_picture(dataset.folder / record["file"])
-        width = photo.width
-        photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
-        if record["face_box"]:
-            box = [edge * photo.width / width for edge in record["face_box"]]
-            ImageDraw.Draw(photo).rectangle(box, outline="lime")
-        sheet.paste(photo, (x, y))
         draw.text((x, y + cell - 2), Path(record["file"]).stem, "black", font_size=11)
+        with contextlib.suppress(shared.PictureError):  # somebody damaged it; its cell stays white
+            photo = shared.open_picture(dataset.path(record))
+            width = photo.width
+            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
+            if record["face_box"]:
+                box = [edge * photo.width / width for edge in record["face_box"]]
+                ImageDraw.Draw(photo).rectangle(box, outline="lime")
+            sheet.paste(photo, (x, y))
+    about = PngInfo()
+    about.add_text("pictures", names)
     with shared.replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
-    return path
+        sheet.save(temporary, "PNG", pnginfo=about)
 
 
-def format_table(dataset: DataSet, labels: Sequence[str]) -> str:
-    """Lay out, for each label and in total: results asked for, found, kept, and rejected by reason."""
+def format_table(dataset: DataSet, labels: Sequence[str]) -> list[str]:
+    """Lay out, for each label and in total: results asked for, found, and what became of these."""
     counts = {label: Counter() for label in labels}
     for search in dataset.searches.values():
         if search["label"] in counts:
@@ -1030,33 +1409,44 @@ def format_table(dataset: DataSet, labels: Sequence[str]) -> str:
     for record in dataset.outcomes.values():
         if record["label"] in counts:
             counts[record["label"]][record.get("reason", "kept")] += 1
+    for row in counts.values():
+        row[NOT_TRIED] = row["found"] - sum(row[name] for name in ("kept", *REASONS))
     total = sum(counts.values(), Counter())
-    columns = ["asked", "found", "kept", *(reason for reason in REASONS if total[reason])]
+    columns = ["asked", "found", "kept", *(name for name in (*REASONS, NOT_TRIED) if total[name])]
     width = max(map(len, ["label", *labels]))
     lines = [f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns)]
     for label, row in [*counts.items(), ("total", total)]:
         lines.append(f"{label:{width}}" + "".join(f"  {row[name]:{max(len(name), 5)}}" for name in columns))
-    return "\n".join(lines)
+    return lines
 
 
 def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
     """Draw the contact sheets and print the table, and what was found under two labels."""
-    sheets = [draw_contact_sheet(dataset, label) for label in labels]
-    for record in dataset.outcomes.values():
-        if record.get("reason") == "two labels" and record["label"] in labels:
-            print(f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}")
-    print(format_table(dataset, labels))
-    print(f"pictures in {dataset.folder}, contact sheets to look at in {sheets[0].parent}")
+    for label in labels:
+        draw_contact_sheets(dataset, label)
+    lines = [
+        f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}"
+        for record in dataset.outcomes.values()
+        if record.get("reason") == "two labels" and record["label"] in labels
+    ]
+    lines += format_table(dataset, labels)
+    sheets = f", contact sheets to look at in {dataset.sheets}" if dataset.sheets.exists() else ""
+    lines.append(f"pictures in {dataset.folder}{sheets}")
+    print(*map(shared.printable, lines), sep="\n")
 
 
 def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
     """Take a picture out, draw its contact sheets anew, and print what is left to do."""
+    labels = list(dataset.kept)
     files = dataset.remove(sha_or_url)
-    for path in files:
-        print(f"removed {path}; if finetune_emotion.py has cut its face, delete that too: {path.name}.png")
-    print(f"{len(files)} files removed; they are barred from {dataset.folder} from now on")
-    for label in {path.parent.name for path in files}:
-        draw_contact_sheet(dataset, label)
+    lines = [
+        f"removed {path}; if finetune_emotion.py has cut its face, delete that too: {path.name}.png"
+        for path in files
+    ]
+    lines.append(f"{len(files)} files removed; what was found is barred from {dataset.folder} from now on")
+    print(*map(shared.printable, lines), sep="\n")
+    for label in labels:
+        draw_contact_sheets(dataset, label)
 
 
 # --- command line ---
@@ -1067,12 +1457,24 @@ EMOTION_QUERIES = shared.RESOURCES / "emotion_queries.json"
 def read_emotions(path: Path) -> dict[str, list[str]]:
     """Read which queries stand for which emotion, {label: [main word, synonyms...]}, or raise ValueError."""
     try:
-        queries = json.loads(path.read_text(encoding="utf-8"))
-        for texts in queries.values():
+        # As bytes, which may be UTF-8, UTF-16 or UTF-32, with a mark of it or without; objects become tuples.
+        pairs = json.loads(path.read_bytes(), object_pairs_hook=tuple)
+        if not isinstance(pairs, tuple) or not pairs:
+            raise ValueError("no label is in it")
+        for _, texts in pairs:
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{texts!r} is no list of queries")
-        return {check_label(label): texts for label, texts in queries.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+                raise ValueError(f"{str(texts)[:50]!r} is no list of queries")
+        queries = [
+            (check_label(label), [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts])
+            for label, texts in pairs
+        ]
+        for texts in [label for label, _ in queries], [text.casefold() for _, own in queries for text in own]:
+            [(text, count)] = Counter(texts).most_common(1)
+            if count > 1 or "" in texts:
+                raise ValueError(f"{text!r} is in it {count} times" if count > 1 else "a query is blank")
+            "".join(texts).encode()  # fails for half a character
+        return dict(queries)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON object of lists of words, like {EMOTION_QUERIES} ({error})"
         ) from None
@@ -1114,22 +1516,27 @@ def parse_filter(text: str) -> tuple[str, str]:
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
     """Add what both data sets understand, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
-    limit_help = f"results to look at for each query; without it {limit}, and all of a list"
+    limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
+    target_help = "pictures to keep of each label: look at results of its queries until there are so many"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
     filter_help += f"without it type={kind}"
     delay_help = "seconds between two requests to a search engine"
+    private_help = "download from private and local addresses too, or have a proxy look up the names"
     workers_help = f"downloads at a time, {PER_HOST} from one host"
     shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
-    add("--labels", nargs="+", metavar="LABEL", help="download only these; without it all there are")
+    composed = functools.partial(unicodedata.normalize, "NFC")
+    labels_help = "download only these; without it all there are"
+    add("--labels", type=composed, nargs="+", metavar="LABEL", help=labels_help)
     add("--limit", type=positive, metavar="N", help=limit_help)
+    add("--target", type=positive, metavar="N", help=target_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
     add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
     add("--workers", type=positive, default=8, metavar="N", help=workers_help)
     add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help="seconds for a download")
     add("--retries", type=natural, default=2, metavar="N", help="further tries if a server does not answer")
-    add("--allow-private", action="store_true", help="download from private and local addresses too")
+    add("--allow-private", action="store_true", help=private_help)
     add("--contact", metavar="TEXT", help="your mail address or page, for servers; Wikimedia asks for it")
     add("--headful", action="store_true", help="show the browser, so that a captcha can be solved in it")
     add("--profile", type=Path, metavar="DIR", help="keep the browser's cookies there; without it nowhere")
@@ -1167,42 +1574,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Search, download, examine and report, going on where an earlier run stopped."""
     args = parse_args(argv)
-    is_list = args.engine == "urls"
-    dataset = DataSet(args.out_dir, SHORTER_SIDE if args.set == "imagenet" else None)
+    shorter_side = SHORTER_SIDE if args.set == "imagenet" else None
     if args.remove:
-        remove_picture(dataset, args.remove)
+        with shared.only_run_in(args.out_dir):
+            remove_picture(DataSet(args.out_dir, shorter_side), args.remove)
         return
-    listed = read_list(args.list) if is_list else {}
-    if is_list:
+    listed = read_list(args.list) if args.engine == "urls" else {}
+    if listed:
         queries = [Query(*key, args.limit or len(results)) for key, results in listed.items()]
     else:
         texts = read_emotions(args.emotions_file) if args.set == "emotions" else read_imagenet_labels()
-        queries = list_queries(texts, args.limit or args.default_limit, args.synonym_limit)
+        limit = args.limit or (sys.maxsize if args.target else args.default_limit)
+        synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
+        queries = list_queries(texts, limit, synonym_limit)
     if args.labels:
         queries = choose_labels(queries, args.labels)
-    find_face = None
-    if args.set == "emotions":
-        device = shared.pick_device(args.device)
-        finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
-        find_face = functools.partial(find_single_face, finder, args.min_face_size)
-    downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
+    labels = list(dict.fromkeys(query.label for query in queries))
     filters = {"type": args.kind, **dict(args.filter or [])}
+    check_engine(args.engine, filters, args.headful)
+    downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
     with contextlib.ExitStack() as stack:
-        stack.callback(print_report, dataset, list(dict.fromkeys(query.label for query in queries)))
+        stack.enter_context(shared.only_run_in(args.out_dir))
+        dataset = DataSet(args.out_dir, shorter_side)
+        find_face = None
+        if args.set == "emotions":
+            device = shared.pick_device(args.device)
+            finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
+            find_face = functools.partial(find_single_face, finder, args.min_face_size)
+        stack.callback(print_report, dataset, labels)
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         stack.callback(downloader.close)
         fetch = functools.partial(pool.submit, dataset.fetch, downloader)
-        start_engine = functools.partial(open_engine, args.engine, downloader, args.delay, listed=listed)
-        engine = None
+        settle = functools.partial(collect, dataset=dataset, fetch=fetch, find_face=find_face)
+
+        options = {"listed": listed, "filters": filters, "profile": args.profile, "headful": args.headful}
+        engine = open_engine(args.engine, downloader, args.delay, **options)
+        start_engine = functools.cache(functools.partial(stack.enter_context, engine))
         for query in tqdm(queries, "searching", unit="query", disable=None):
-            search = dataset.searches.get((args.engine, query.label, query.text))
-            # A list may have changed, and is read in no time.
-            if is_list or not search or search["asked"] < query.limit:
-                engine = engine or stack.enter_context(
-                    start_engine(filters=filters, profile=args.profile, headful=args.headful)
-                )
-                search = dataset.note_search(args.engine, query, engine(query))
-            collect(search, dataset, fetch, find_face)
+            work_off(query, args.engine, start_engine, dataset, settle, target=args.target)
+        for label in labels if args.target else ():
+            kept = len(dataset.there(label))
+            end = "at their --limit" if args.limit else "exhausted"
+            state = "the target is reached" if kept >= args.target else f"its searches are {end}"
+            print(f"{label}: {kept} of {args.target} pictures, {state}")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,7 @@ def cut_photos(
     for photo in known.keys() - paths:
         (faces_dir / known.pop(photo)["crop"]).unlink(missing_ok=True)
     wanted = shared.spread(list(paths), limit)
-    with index_path.open("a", encoding="utf-8") as index:
-        index.write("\n")  # after a line that was cut short
+    with index_path.open("ab", buffering=0) as index:
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
             record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
@@ -148,8 +147,10 @@ def cut_photos(
             else:
                 crop_path.unlink(missing_ok=True)
             known[photo] = record | found
-            index.write(json.dumps(known[photo]) + "\n")
-            index.flush()
+            try:
+                index.write(f"\n{json.dumps(known[photo])}\n".encode())  # the line before may be cut short
+            except OSError as error:
+                raise OSError(f"cannot write {index_path}: {error.strerror}") from None
     with shared.replacing(index_path) as temporary:
         temporary.write_text(
             "".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8"

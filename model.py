@@ -32,6 +32,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickletools
@@ -61,6 +62,7 @@ except ImportError:  # on Windows, where nothing is locked
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    import pandas as pd
     import torch
     from torch import Tensor, nn
     from torch.optim.swa_utils import AveragedModel
@@ -167,15 +169,17 @@ def _create_temporary(parent: Path, *, is_folder: bool = False) -> tuple[Path, i
 @functools.cache  # once a run is enough
 def _remove_strays(folder: Path) -> None:
     """Remove the temporary files and folders that a killed run left, and no process holds."""
-    for path in folder.iterdir() if fcntl else ():
-        if TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
-                descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                finally:
-                    os.close(descriptor)
+    strays = []
+    with contextlib.suppress(PermissionError):  # a folder that may be written into but not listed
+        strays = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    for path in strays if fcntl else ():
+        with contextlib.suppress(OSError):  # held, a link, another user's, or there are no locks
+            descriptor = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if path.is_dir() else os.O_RDWR))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -269,7 +273,7 @@ BEGINNINGS = {
     b"BZh": "packed by bzip2",
     b"7z\xbc\xaf": "a 7z archive",
     b"Rar!": "a RAR archive",
-    b"PK": "a zip archive",
+    b"PK\x03\x04": "a zip archive",
     b"\xff\xfe": "text in UTF-16, not in UTF-8",
     b"\xfe\xff": "text in UTF-16, not in UTF-8",
     b"\x89PNG": "a PNG picture",
@@ -293,11 +297,8 @@ def kind_of(head: bytes) -> str:
     for beginning, kind in BEGINNINGS.items():
         if head.startswith(beginning):
             return kind
-    if (
-        head.lstrip(b"\xef\xbb\xbf \t\r\n")[:14]
-        .lower()
-        .startswith((b"<!doctype html", b"<html", b"<head", b"<?xml"))
-    ):
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
         return "a web page"
     if head[257:262] == b"ustar":
         return "a tar archive"
@@ -465,6 +466,24 @@ class Blueprint(NamedTuple):
     network: nn.Module  # takes and returns batches
     example: Tensor  # a batch of images (2, H, W, C), as the network takes them
     notes: dict  # plain values that are kept with the network
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return a device by its name; "auto" is the first that there is of cuda, mps and cpu.
+
+    Raises:
+        ValueError: this machine has none of that kind.
+    """
+    import torch
+
+    if not isinstance(name, str):
+        return name
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"this machine has no {name} device that PyTorch can use; try --device auto")
+    return torch.device(name)
 
 
 class Engine:
@@ -1100,9 +1119,8 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tu
     errors = [result for result in results if isinstance(result, PictureError)]
     if len(errors) > MAX_UNREADABLE * len(paths):
         share = f"{len(errors)} of {len(paths)} images are not readable"
-        raise ValueError(
-            f"{share}, expected {MAX_UNREADABLE:.0%} at most; remove or replace them: {errors[0]}"
-        )
+        limit = f"expected {MAX_UNREADABLE:.0%} at most"
+        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
     for error in errors[:MAX_NAMED]:
         print(printable(f"left out: {error}"), file=sys.stderr)
     if errors:
@@ -1688,10 +1706,10 @@ def load_tensors(path: Path, expected: str) -> object:
     import torch
 
     size = path.stat().st_size
+    if size > MAX_CHECKPOINT_BYTES:
+        raise ValueError(f"{path} has {size >> 20} MB, too many for {expected}")
     try:
-        what = (
-            f"larger than {MAX_CHECKPOINT_BYTES >> 20} MB" if size > MAX_CHECKPOINT_BYTES else _foreign(path)
-        )
+        what = _foreign(path)
         if not what:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
@@ -2251,6 +2269,13 @@ class Classifier:
         self._choose(emotions)
         self.image_size, self.crop_margin = notes["image_size"], notes["crop_margin"]
 
+    @classmethod
+    def load(
+        cls, path: Path | str, device: torch.device | str = "auto", emotions: Sequence[str] = ()
+    ) -> Classifier:
+        """Read a checkpoint, see the constructor; `device` is as of `pick_device`."""
+        return cls(Path(path), pick_device(device), emotions)
+
     def _choose(self, emotions: Sequence[str]) -> None:
         """Set what depends on the classes to tell apart."""
         learned = self._notes["classes"]
@@ -2299,16 +2324,156 @@ class Classifier:
         return weights / weights.sum(1, keepdims=True)
 
 
+LANDMARKS = ("left_eye", "right_eye", "nose", "mouth_left", "mouth_right")  # left and right as one sees them
+UNSURE = "unsure"  # the label of a face whose likeliest class is not likely enough
+
+
+def face_record(
+    face: Sequence,
+    probs: np.ndarray,
+    classes: Sequence[str],
+    image_size: Sequence[int],
+    *,
+    unsure: float = 0.0,
+    emotion: int | None = None,
+) -> dict:
+    """Return what is known of a face as the plain object that detect_emotions.py --json prints.
+
+    Args:
+        face: box, detector's probability and landmarks, a row of `Faces`.
+        probs: (C,) of the `classes`.
+        image_size: width and height, which clip the box.
+        unsure: probability, 0-1, below which the label is UNSURE.
+        emotion: index of the class that labels the face (default: the likeliest).
+    """
+    box, face_prob, landmarks = (np.asarray(part, float) for part in face)
+    probs = probs.astype(float).round(4).tolist()
+    emotion = int(np.argmax(probs)) if emotion is None else emotion
+    return {
+        "box": box.clip(0, [*image_size, *image_size]).round(1).tolist(),
+        "face_prob": round(float(face_prob), 4),
+        "landmarks": dict(zip(LANDMARKS, landmarks.round(1).tolist(), strict=True)),
+        "emotion": UNSURE if probs[emotion] < unsure else classes[emotion],
+        "prob": probs[emotion],
+        "probs": dict(zip(classes, probs, strict=True)),
+    }
+
+
+def label_faces(
+    image: Image.Image, finder: FaceFinder, classifier: Classifier, unsure: float = 0.0
+) -> list[dict]:
+    """Find and classify an RGB image's faces; return a `face_record` of each, from left to right."""
+    found = finder.find(image)
+    probs = classifier.predict(image, found.boxes)
+    records = [
+        face_record(face, face_probs, classifier.classes, image.size, unsure=unsure)
+        for face, face_probs in zip(zip(*found, strict=True), probs, strict=True)
+    ]
+    return sorted(records, key=lambda record: record["box"][:2])
+
+
+def face_columns(classes: Sequence[str]) -> list[str]:
+    """Name the columns of `face_cells`."""
+    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
+    probs = [f"prob_{name}" for name in classes]
+    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
+
+
+def face_cells(record: dict) -> list:
+    """Spread a `face_record` over the cells of a row."""
+    points = itertools.chain(*record["landmarks"].values())
+    numbers = [*record["probs"].values(), *points]
+    return [*record["box"], record["face_prob"], record["emotion"], record["prob"], *numbers]
+
+
+def table_columns(classes: Sequence[str]) -> list[str]:
+    """Name the columns of a table of faces: the file, the face's number in it, where in a video, the face."""
+    return ["file", "face", "frame", "time", "track", *face_columns(classes)]
+
+
+def load_photo(path: Path | str) -> Image.Image:
+    """Read a photo as an RGB image, upright; raises `PictureError` or OSError, which name the file."""
+    return open_picture(Path(path))
+
+
+def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False) -> Image.Image:
+    """Return an RGB image of a path, a PIL image, or an array.
+
+    Args:
+        image: an array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 in 0-255 or float in 0-1.
+        bgr: its channels are blue, green, red, as OpenCV has them.
+
+    Raises:
+        ValueError: an array is none of these.
+        PictureError, OSError: a file cannot be read.
+    """
+    if isinstance(image, str | Path):
+        return load_photo(image)
+    if isinstance(image, Image.Image):
+        return _in_mode(ImageOps.exif_transpose(image), "RGB")
+    wanted = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 in 0-255 or float in 0-1"
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"got {type(image).__name__}, expected a path, a PIL image or an array")
+    if image.ndim not in {2, 3} or (image.ndim == 3 and image.shape[2] not in {1, 3, 4}) or not image.size:
+        raise ValueError(f"got an array of shape {image.shape}, {wanted}")
+    if np.issubdtype(image.dtype, np.floating):
+        low, high = image.min(), image.max()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"got floats from {low:.3g} to {high:.3g}, {wanted}")
+        image = (image * 255).round().astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"got an array of {image.dtype}, {wanted}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if bgr and image.ndim == 3:
+        image = image[:, :, [2, 1, 0, *range(3, image.shape[2])]]
+    return _in_mode(Image.fromarray(np.ascontiguousarray(image)), "RGB")
+
+
+def read_faces(
+    images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
+) -> pd.DataFrame:
+    """Find and classify the faces of one image or a list of them.
+
+    Not to be called from several threads with the same finder or classifier.
+
+    Args:
+        images: see `as_image`; or a list or tuple of these.
+        bgr: see `as_image`.
+        unsure: see `face_record`.
+
+    Returns:
+        A row for each face, from left to right, with the columns of detect_emotions.py --csv. `file` is the
+        path, of other images their place in the list; `frame`, `time` and `track` are empty.
+
+    Raises:
+        ValueError, OSError: as `as_image`.
+    """
+    import pandas as pd
+
+    rows = []
+    for number, image in enumerate(images if isinstance(images, list | tuple) else [images]):
+        file = str(image) if isinstance(image, str | Path) else number
+        records = label_faces(as_image(image, bgr=bgr), finder, classifier, unsure)
+        rows += [
+            [file, face, None, None, None, *face_cells(record)]
+            for face, record in enumerate(records, start=1)
+        ]
+    return pd.DataFrame(rows, columns=table_columns(classifier.classes))
+
+
 # --- command line ---
 
 
 def _ready_streams() -> None:
-    """Let stdout take names that its encoding lacks, and stand in for streams that the shell has closed."""
+    """Let stdout take names that its encoding lacks, stand in for closed streams, and quiet a package."""
     if sys.stdout is None:  # writing fails, as it does for other programs
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another one
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home that it cannot write to
 
 
 def _flush_stdout() -> None:
@@ -2441,22 +2606,6 @@ def add_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
     """Add some of OPTIONS, each with a script's own default."""
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, **OPTIONS[name])
-
-
-def pick_device(name: str) -> torch.device:
-    """Turn --device into a torch device.
-
-    Raises:
-        ValueError: this machine has none of that kind.
-    """
-    import torch
-
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise ValueError(f"this machine has no {name} device that PyTorch can use; try --device auto")
-    return torch.device(name)
 
 
 def parse_with_resume(

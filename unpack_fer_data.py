@@ -26,6 +26,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import re
@@ -288,8 +289,10 @@ def check_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
     """Check that the folder may get the images of `source`.
 
     Raises:
-        ValueError: it holds the images of another source, or none of this script's.
+        ValueError: it holds the images of another source, none of this script's, or links to elsewhere.
     """
+    for split, label in itertools.product(USAGES.values(), LABELS):
+        shared.inside(out_dir, f"{split}/{label}/0.png")
     manifest, images = read_manifest(out_dir), find_images(out_dir)
     if images and not manifest:
         raise ValueError(f"{out_dir} holds images but no manifest.json; choose another --out-dir")

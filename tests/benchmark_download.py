@@ -2,13 +2,16 @@
 
 A real Chromium searches an imitation of Google on this machine; each query brings pictures of 800x600 pixels
 that are downloaded, decoded, compared and written. Faces are not looked for: that is another measurement.
+With --records, measure only how the time to look for copies grows with the number of pictures.
 
 Usage:
     python tests/benchmark_download.py --queries 20 --limit 20
+    python tests/benchmark_download.py --records 20000
 """
 
 import argparse
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -23,12 +26,28 @@ import download_data
 import model as shared
 
 
+def time_copies(num_records: int) -> float:
+    """Return the seconds that it takes to compare random pictures, each with those before it."""
+    generator, finder = random.Random(0), download_data.CopyFinder()
+    began = time.perf_counter()
+    for _ in range(num_records):
+        mark = {"sha256": generator.randbytes(32).hex(), "phash": generator.randbytes(8).hex()}
+        assert not finder.find(**mark)
+        finder.add(mark)
+    return time.perf_counter() - began
+
+
 def main() -> None:
     """Download, and print the rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shared.HelpFormatter)
     parser.add_argument("--queries", type=int, default=20, metavar="N", help="searches")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="pictures a search")
+    parser.add_argument("--records", type=int, metavar="N", help="look for copies among so many, do no more")
     args = parser.parse_args()
+    if args.records:
+        for num_records in args.records // 4, args.records // 2, args.records:
+            print(f"copies among {num_records} pictures: {time_copies(num_records):.2f} s")
+        return
     labels = list(download_data.read_imagenet_labels())[: args.queries]
     made = {}  # pictures by path, made before the clock starts
 

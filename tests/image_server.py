@@ -19,6 +19,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
@@ -46,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.hits[self.path] += 1
         with contextlib.suppress(ConnectionError):  # the client may hang up on a hostile answer
             self.server.respond(self)
+
+    do_POST = do_CONNECT = do_GET  # noqa: N815 (http.server calls them so)
 
     def answer(self, body: bytes, kind: str = "text/html; charset=utf-8", status: int = 200, **headers: str):
         """Send a whole answer."""
@@ -181,6 +184,21 @@ def serve_hostile(handler: Handler) -> None:
 
 # --- Google ---
 
+# Of the consent page: its title, "accept all", "reject all", "more options".
+CONSENT_WORDS = {
+    "en": ("Before you continue to Google Search", "Accept all", "Reject all", "More options"),
+    "de": ("Bevor Sie zur Google Suche weitergehen", "Alle akzeptieren", "Alle ablehnen", "Weitere Optionen"),
+    "fr": ("Avant d'accéder à la recherche Google", "Tout accepter", "Tout refuser", "Plus d'options"),
+    "ja": ("Google 検索にアクセスする前に", "すべて受け入れる", "すべて拒否", "その他のオプション"),
+}
+# How Google has had further results asked for, at different times and in different languages.
+MORE_CONTROLS = (
+    '<a class="T7sFge sW9g3e VknLRd" jsname="oHxHid" aria-label="More results" href="/search?start=10">'
+    '<h3><div class="GNJvt ipz2Oe"><span class="RVQdVd">More results</span></div></h3></a>',
+    '<input class="mye4qd" type="button" value="Show more results">',
+    '<div role="button" tabindex="0"><span>Weitere Ergebnisse anzeigen</span></div>',
+)
+
 
 class FakeGoogle:
     """An imitation of Google Images; called with each request.
@@ -194,7 +212,10 @@ class FakeGoogle:
         num_results: of each query.
         page_size: results at once.
         is_plain: all results are JSON in the page.
-        consent: ask for consent first.
+        consent: how consent is asked for first: by a "page" or a "dialog" over the results; "": not at all.
+        language: of the consent page, one of CONSENT_WORDS.
+        answers: what was answered to it: the form's fields.
+        more_after: results after which a control wants to be pressed, `more`; None: never.
         captcha_after: number of searches after which only the captcha is shown; None: never.
         solved_after_s: seconds after which somebody solves the captcha.
         blocked_by: "wall" or "empty" to show that instead of results.
@@ -204,7 +225,8 @@ class FakeGoogle:
 
     def __init__(self, originals: str, num_results: int = 60):
         self.originals, self.num_results, self.page_size = originals, num_results, 10
-        self.is_plain, self.consent, self.blocked_by = False, False, ""
+        self.is_plain, self.consent, self.blocked_by = False, "", ""
+        self.language, self.answers, self.more_after, self.more = "en", [], None, MORE_CONTROLS[0]
         self.captcha_after, self.solved_after_s = None, None
         self.lost, self.queries = set(), []
 
@@ -218,8 +240,10 @@ class FakeGoogle:
         fields = {name: values[0] for name, values in parse_qs(url.query).items()}
         if handler.headers["Host"].startswith("consent."):
             if url.path == "/save":
-                cookie = "CONSENT=no; Domain=.google.com; Path=/; Secure"
-                handler.redirect(fields["continue"], Set_Cookie=cookie)
+                form = parse_qs(handler.rfile.read(int(handler.headers["Content-Length"])).decode())
+                self.answers.append({name: values[0] for name, values in form.items()})
+                cookie = "SOCS=CAESHAgBEhIaAB; Domain=.google.com; Path=/; Secure; SameSite=lax"
+                handler.answer(b"", status=303, Location=self.answers[-1]["continue"], Set_Cookie=cookie)
             else:
                 handler.answer(self.consent_page(fields["continue"]))
         elif url.path == "/search":
@@ -237,8 +261,9 @@ class FakeGoogle:
         """Answer /search."""
         here = "https://www.google.com" + handler.path
         cookies = handler.headers.get("Cookie", "")
-        if self.consent and "CONSENT=" not in cookies:
-            handler.redirect("https://consent.google.com/ml?" + urlencode({"continue": here}))
+        if self.consent == "page" and "SOCS=" not in cookies:
+            there = {"continue": here, "gl": "DE", "m": "0", "pc": "srp", "hl": self.language, "src": "1"}
+            handler.redirect("https://consent.google.com/ml?" + urlencode(there))
         elif (
             self.captcha_after is not None
             and len(self.queries) >= self.captcha_after
@@ -254,11 +279,34 @@ class FakeGoogle:
             handler.answer(self.result_page(query))
 
     def consent_page(self, target: str) -> bytes:
-        """Return the page with the two buttons."""
-        value = target.replace("&", "&amp;")
-        form = f'<form action="/save"><input type="hidden" name="continue" value="{value}">'
-        buttons = '<button id="W0wltc">Reject all</button><button id="L2AGLb">Accept all</button></form>'
-        return f"<title>Before you continue</title>{form}{buttons}".encode()
+        """Return the page with a form for each answer; only hidden fields tell them apart in any language."""
+        title, accept, reject, more = CONSENT_WORDS[self.language]
+        fields = {"gl": "DE", "m": "0", "app": "0", "pc": "srp", "continue": target, "x": "6", "cm": "2"}
+        fields |= {"bl": "boq_identityfrontenduiserver_20261117.06_p0", "hl": self.language, "src": "1"}
+        forms = [
+            '<form action="https://consent.google.com/save" method="POST" jsaction="JIbuQc:fvXJ8d(b3VHJd)">'
+            + "".join(f'<input type="hidden" name="{n}" value="{escape(v)}">' for n, v in own.items())
+            + f'<div><div jscontroller="soHxf"><button jsname="tWT92d" aria-label="{words}"><div></div>'
+            f'<span jsname="V67aGc">{words}</span></button></div></div></form>'
+            for words, own in (
+                (accept, fields | {"set_sc": "true", "set_aps": "true", "set_eom": "false"}),
+                (reject, fields | {"set_eom": "true"}),
+            )
+        ]
+        more = f'<a href="https://consent.google.com/d?{escape(urlencode(fields))}">{more}</a>'
+        head = f'<!doctype html><html lang="{self.language}"><title>{title}</title>'
+        return "".join([head, *forms, more]).encode()
+
+    def dialog(self) -> str:
+        """Return the dialog over the results, which Google's script closes."""
+        if self.consent != "dialog":
+            return ""
+        _, accept, reject, _ = CONSENT_WORDS[self.language]
+        close = "document.cookie = 'SOCS=CAES; domain=.google.com; path=/'; this.parentElement.remove()"
+        return (
+            f'<div id="CXQnmb" role="dialog"><button id="L2AGLb"><div role="none">{accept}</div></button>'
+            f'<button id="W0wltc" onclick="{close}"><div role="none">{reject}</div></button></div>'
+        )
 
     def captcha_page(self, target: str) -> bytes:
         """Return the captcha's page; with `solved_after_s` somebody solves it."""
@@ -323,17 +371,20 @@ class FakeGoogle:
 <style>#grid div {{ height: 150px }}</style>
 <noscript><a href="/httpservice/retry/enablejs?sei=y">Enable JavaScript</a></noscript>
 <script>var m = {{"data": [{data}]}};</script>
+{self.dialog()}
 <div id="grid">{tiles}</div>
+<div id="more" style="display: none">{self.more}</div>
 <script>
-const grid = document.getElementById('grid');
-let start = {len(first)}, isBusy = false;
+const grid = document.getElementById('grid'), more = document.getElementById('more');
+let start = {len(first)}, isBusy = false, stop = {self.more_after or 9999};
 const show = (text) => {{
   grid.insertAdjacentHTML('beforeend', text.slice(text.indexOf('\\n') + 1));
   start += {self.page_size};
   isBusy = false;
 }};
-addEventListener('scroll', () => {{
+const load = () => {{
   if (isBusy || start >= {self.num_results}) return;
+  if (start >= stop) {{ setTimeout(() => {{ more.style.display = 'block'; }}, 50); return; }}
   isBusy = true;
   const path = '/more?q={quote(query)}&start=' + start;
   if (start / {self.page_size} % 2) {{
@@ -344,6 +395,13 @@ addEventListener('scroll', () => {{
   }} else {{
     fetch(path).then((response) => response.text()).then(show);
   }}
+}};
+addEventListener('scroll', load);
+more.addEventListener('click', (event) => {{
+  event.preventDefault();
+  more.style.display = 'none';
+  stop = 9999;
+  load();
 }});
 grid.addEventListener('click', (event) => {{
   const link = event.target.closest('a');
@@ -366,8 +424,15 @@ def chromium_script(path: Path, chromium: str, google: Server) -> None:
 # --- public APIs ---
 
 
-def serve_openverse(handler: Handler, pictures: str, num_results: int) -> None:
-    """Answer as https://api.openverse.org/v1/images/ does."""
+Change = Callable[[dict, int], None]  # (answer, its number from 1) -> None
+
+
+def leave(answer: dict, number: int) -> None:
+    """Change nothing."""
+
+
+def serve_openverse(handler: Handler, pictures: str, num_results: int, change: Change = leave) -> None:
+    """Answer as https://api.openverse.org/v1/images/ does, but for a change."""
     fields = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
     page, size = int(fields["page"]), int(fields["page_size"])
     numbers = range((page - 1) * size, min(page * size, num_results))
@@ -391,11 +456,15 @@ def serve_openverse(handler: Handler, pictures: str, num_results: int) -> None:
         "page": page,
         "results": results,
     }
+    change(answer, page)
     handler.answer(json.dumps(answer).encode(), "application/json")
 
 
-def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
-    """Answer as https://commons.wikimedia.org/w/api.php does to a search for files; pages come unordered."""
+def serve_commons(handler: Handler, pictures: str, num_results: int, change: Change = leave) -> None:
+    """Answer as https://commons.wikimedia.org/w/api.php does to a search for files, but for a change.
+
+    Pages come unordered.
+    """
     fields = {name: values[0] for name, values in parse_qs(urlsplit(handler.path).query).items()}
     offset, size = int(fields.get("gsroffset", 0)), int(fields["gsrlimit"])
     numbers = range(offset, min(offset + size, num_results))
@@ -420,4 +489,5 @@ def serve_commons(handler: Handler, pictures: str, num_results: int) -> None:
     answer = {"batchcomplete": True, "query": {"pages": pages}} if pages else {"batchcomplete": True}
     if numbers.stop < num_results:
         answer["continue"] = {"gsroffset": numbers.stop, "continue": "gsroffset||"}
+    change(answer, offset // size + 1)
     handler.answer(json.dumps(answer).encode(), "application/json")

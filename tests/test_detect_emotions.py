@@ -12,9 +12,10 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import address_space_limit, file_size_limit
+from conftest import address_space_limit, file_size_limit, write_checkpoint
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor, ImageDraw
 from test_detect_video import OUTPUTS, write_video
 from tiny_resnet import ARCH
@@ -136,6 +137,7 @@ def test_csv_holds_what_json_tells(read, tmp_path):
         told = {"file": record["file"], "emotion": face["emotion"]}
         told |= dict(zip(("x0", "y0", "x1", "y1"), face["box"], strict=True))
         told |= {"face_prob": face["face_prob"], "prob": face["prob"]}
+        told |= dict.fromkeys(("frame", "time", "track"), "")  # of a photo there are none
         told |= {f"prob_{name}": prob for name, prob in face["probs"].items()}
         for name, (x, y) in face["landmarks"].items():
             told |= {f"{name}_x": x, f"{name}_y": y}
@@ -152,7 +154,7 @@ def test_photo_without_a_face_is_a_result(run, tmp_path):
     assert err == f"{photo}: no face found\n"
     np.testing.assert_array_equal(pixels(tmp_path / "wall_emotions.png"), pixels(photo))
     header, *rows = (tmp_path / "faces.csv").read_text().splitlines()
-    assert header.startswith("file,face,x0,y0,x1,y1,face_prob,emotion,prob,prob_angry,")
+    assert header.startswith("file,face,frame,time,track,x0,y0,x1,y1,face_prob,emotion,prob,prob_angry,")
     assert rows == []
 
 
@@ -963,3 +965,113 @@ def test_text_contrasts_with_its_label(color):
 
     darker, lighter = sorted((luminance(color), luminance(text_color(color))))
     assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # WCAG 2.1, level AA
+
+
+# --- which emotions ---
+
+
+@pytest.fixture
+def calm_model(tmp_path):
+    """A network of three classes that has not learned anything, and says two of them unless asked."""
+    torch.manual_seed(0)
+    net = shared.gray_resnet(ARCH, 3)
+    net.fc.bias.data[1] = 5.0  # surely neutral
+    path = write_checkpoint(tmp_path / "calm.pt", net, ("happy", "neutral", "sad"))
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"default_classes": ["happy", "sad"], "temperature_all": 2.0}, path)
+    return path
+
+
+def test_emotions_are_those_asked_for_and_their_probabilities_sum_to_1(
+    run, calm_model, sample_photo, tmp_path
+):
+    def probs(*options):
+        code, out, _ = run(sample_photo, "--model", calm_model, "--out-dir", tmp_path, "--json", *options)
+        assert code == 0
+        return [face["probs"] for face in json.loads(out)["faces"]]
+
+    default, every, two = probs(), probs("--emotions", "all"), probs("--emotions", "neutral", "happy")
+    assert {tuple(face) for face in default} == {("happy", "sad")}
+    assert {tuple(face) for face in every} == {("happy", "neutral", "sad")}
+    assert {tuple(face) for face in two} == {("happy", "neutral")}
+    for face, pair in zip(every, two, strict=True):
+        assert sum(face.values()) == pytest.approx(1, abs=1e-3)
+        odds = face["neutral"] / face["happy"]  # at the temperature of all, as the other two are
+        assert pair["neutral"] / pair["happy"] == pytest.approx(odds, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("emotions", "message"),
+    [
+        (["happy", "bored"], "has not learned bored; expected some of happy, neutral, sad, or all"),
+        (["happy"], "expected two or more of happy, neutral, sad"),
+        (["happy", "sad", "PHOTO"], "is no emotion, of happy, neutral, sad; put INPUT before --emotions"),
+    ],
+)
+def test_emotions_that_are_none_are_one_line(run, calm_model, sample_photo, emotions, message):
+    emotions = [str(sample_photo) if name == "PHOTO" else name for name in emotions]
+    code, out, err = run(sample_photo, "--model", calm_model, "--emotions", *emotions)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert "\n" not in err.strip()
+
+
+def test_unsure_faces_are_called_so_everywhere(run, calm_model, sample_photo, tmp_path):
+    options = ("--model", calm_model, "--out-dir", tmp_path, "--csv", tmp_path / "t.csv", "--overwrite")
+    _, out, _ = run(sample_photo, *options, "--unsure", "1")
+    assert {line.split("\t")[2] for line in out.splitlines()} == {"unsure"}
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["emotion"] for row in rows} == {"unsure"}
+    assert all(float(row["prob"]) == max(float(row["prob_happy"]), float(row["prob_sad"])) for row in rows)
+
+
+# --- from Python ---
+
+
+def test_read_faces_gives_the_rows_of_the_table(run, classifier, sample_photo, tmp_path):
+    run(sample_photo, "--csv", tmp_path / "t.csv", "--out-dir", tmp_path)
+    expected = pd.read_csv(tmp_path / "t.csv")
+    table = shared.read_faces(sample_photo, shared.FaceFinder("cpu"), classifier)
+    assert list(table.columns) == list(expected.columns)
+    numbers = [name for name in table.columns if name not in {"file", "emotion", "frame", "time", "track"}]
+    assert np.array_equal(table[numbers].astype(float), expected[numbers].astype(float))
+    assert table["emotion"].tolist() == expected["emotion"].tolist()
+
+
+def test_read_faces_takes_images_in_each_form(finder, classifier, sample_photo):
+    image = shared.load_photo(sample_photo)
+    pixels = np.asarray(image)
+    forms = [
+        image,
+        pixels,
+        pixels[:, :, ::-1] / 255.0,
+        np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)]),
+    ]
+    tables = [
+        shared.read_faces(form, finder, classifier, bgr=i == 2).drop(columns="file")
+        for i, form in enumerate(forms)
+    ]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+    gray = np.asarray(image.convert("L"))
+    assert len(shared.read_faces([gray, gray[:, :, None]], finder, classifier)) == 2 * len(tables[0])
+    empty = shared.read_faces([np.zeros((100, 100), np.uint8), str(sample_photo)], finder, classifier)
+    assert set(empty["file"]) == {str(sample_photo)}
+    none = shared.read_faces(np.zeros((100, 100), np.uint8), finder, classifier)
+    assert (len(none), list(none.columns)) == (0, list(empty.columns))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\), expected \(H, W\)"),
+        (np.zeros((4, 4), np.int64), "int64, expected"),
+        (np.full((4, 4), 7.0), "floats from 7 to 7"),
+        (np.full((4, 4), np.nan), "floats from nan to nan"),
+        (3, "got int, expected a path"),
+    ],
+)
+def test_as_image_says_what_came_and_what_is_wanted(image, message):
+    with pytest.raises(ValueError, match=message):
+        shared.as_image(image)

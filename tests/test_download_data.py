@@ -4,24 +4,31 @@ import contextlib
 import gzip
 import hashlib
 import io
+import ipaddress
 import json
 import os
+import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import zlib
 from collections import Counter
+from email.utils import formatdate
 from pathlib import Path
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
-from conftest import NO_BROWSER
+from conftest import NO_BROWSER, file_size_limit
 from image_server import (
     CERTIFICATE,
+    CONSENT_WORDS,
     HOSTILE,
+    MORE_CONTROLS,
     FakeGoogle,
     chromium_script,
     picture,
@@ -127,7 +134,7 @@ def wait_for(condition):
 
 @pytest.mark.slow
 def test_google_gives_all_60_originals_after_consent_and_scrolling(google, pictures, out_dir, capsys):
-    google.consent = True
+    google.consent = "page"
     imagenet(out_dir, "--labels", "tench", "--limit", "60")
     wanted = {google.original("tench", n) for n in range(60)}
     kept = records(out_dir, "kept")
@@ -140,6 +147,81 @@ def test_google_gives_all_60_originals_after_consent_and_scrolling(google, pictu
     assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "60", "60", "60"]
     [listed] = download_data.read_list(out_dir / "manifest.jsonl").values()
     assert {result.url for result in listed} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", CONSENT_WORDS)
+def test_the_consent_page_is_answered_with_no_in_any_language(language, google, out_dir):
+    google.consent, google.language = "page", language
+    imagenet(out_dir, "--labels", "tench", "hen", "--limit", "2")
+    [answer] = google.answers  # the cookie is kept, and the way leads back to the first search
+    assert answer["set_eom"] == "true"
+    assert "set_sc" not in answer
+    assert google.queries == ["tench", "hen"]
+
+
+@pytest.mark.slow
+def test_the_consent_dialog_is_answered_with_no(google):
+    google.consent = "dialog"
+    with download_data.open_browser(None, headful=False) as driver:
+        engine = download_data.Google(driver, {}, is_watched=False)
+        assert len(list(engine.search(download_data.Query("tench", "tench", 3)))) == 3
+        assert driver.get_cookie("SOCS")
+        assert not driver.execute_script("return document.getElementById('W0wltc')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", MORE_CONTROLS)
+def test_more_results_are_asked_for_where_scrolling_ends(control, google, out_dir):
+    google.more_after, google.more = 40, control
+    imagenet(out_dir, "--labels", "tench", "--limit", "60")
+    assert {record["url"] for record in records(out_dir, "kept")} == {
+        google.original("tench", n) for n in range(60)
+    }
+
+
+@pytest.mark.slow
+def test_a_browser_and_a_driver_of_different_versions_are_named(google, out_dir, tmp_path):
+    # Stands in for a chromedriver of another version: it answers as that does.
+    (tmp_path / "bin" / "chromedriver").write_text(f"#!{sys.executable}\n{OTHER_DRIVER}")
+    (tmp_path / "bin" / "chromedriver").chmod(0o755)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench")
+    assert "\n" not in stop.value.code
+    assert "only supports Chrome version 114 Current browser version is 156.0.8078.108" in stop.value.code
+    assert stop.value.code.endswith("must be of one version")
+
+
+OTHER_DRIVER = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self, status=200, value={"ready": True, "message": "ready"}):
+        body = json.dumps({"value": value}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        if self.path == "/shutdown":
+            os._exit(0)
+    def do_POST(self):
+        message = "session not created: This version of ChromeDriver only supports Chrome version 114\\n"
+        message += "Current browser version is 156.0.8078.108 with binary path /usr/bin/chromium"
+        trace = "#0 0x55c932b7d4e3 <unknown>\\n"
+        self.do_GET(500, {"error": "session not created", "message": message, "stacktrace": trace})
+    def log_message(self, *args):
+        pass
+[port] = [int(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--port=")]
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.slow
+def test_the_browser_is_driven_directly_where_there_is_a_proxy(proxy, google):
+    with download_data.open_browser(None, headful=False) as driver:
+        assert driver.execute_script("return 6 * 7") == 42
+    assert not [url for url in proxy.hits if "localhost" in url]
 
 
 @pytest.mark.slow
@@ -174,8 +256,42 @@ def test_somebody_who_watches_can_solve_the_captcha(google):
     google.captcha_after, google.solved_after_s = 0, 0.5
     with download_data.open_browser(None, headful=False) as driver:
         watched = download_data.Google(driver, {}, is_watched=True)
-        results = watched.search(download_data.Query("tench", "tench", 10))
+        results = list(watched.search(download_data.Query("tench", "tench", 10)))
     assert [result.url for result in results] == [google.original("tench", n) for n in range(10)]
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """Start a virtual screen, and make it the one to be used."""
+    if not shutil.which("Xvfb"):
+        pytest.skip("no Xvfb, on which a window can open; apt-get install xvfb")
+    read_end, write_end = os.pipe()
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write_end)], pass_fds=[write_end], stderr=subprocess.DEVNULL
+    ) as server:
+        os.close(write_end)
+        with os.fdopen(read_end) as file:
+            monkeypatch.setenv("DISPLAY", f":{file.readline().strip()}")
+        yield
+        server.terminate()
+
+
+@pytest.mark.slow
+def test_a_visible_browser_waits_until_somebody_has_solved_the_captcha(screen, google, out_dir, capsys):
+    google.consent, google.captcha_after, google.solved_after_s = "page", 0, 3
+    imagenet(out_dir, "--headful", "--labels", "tench", "--limit", "3")
+    assert "solve the captcha in the browser's window" in capsys.readouterr().err
+    assert len(records(out_dir, "kept")) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is always a screen")
+def test_a_visible_browser_without_a_screen_is_one_line(out_dir, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--headful", "--labels", "tench")
+    assert stop.value.code == "error: there is no screen for --headful; go without it, see --help"
+    assert not out_dir.exists()
 
 
 @pytest.mark.slow
@@ -352,27 +468,39 @@ def test_only_http_is_fetched(url, out_dir, tmp_path):
     assert reasons(out_dir) == {"not allowed": 1}
 
 
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("93.184.215.14", True),
-        ("2606:2800:21f:cb07:6820:80da:af6b:8b2c", True),
-        ("127.0.0.1", False),
-        ("10.1.2.3", False),
-        ("192.168.0.1", False),
-        ("169.254.169.254", False),  # where clouds keep their secrets
-        ("100.64.0.1", False),
-        ("0.0.0.0", False),
-        ("224.0.0.1", False),
-        ("::1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
-        ("::ffff:127.0.0.1", False),
-        ("2002:7f00:1::", False),  # 127.0.0.1 by 6to4
-    ],
-)
-def test_is_public_knows_private_addresses_in_every_guise(address, expected):
-    assert download_data.is_public(address) is expected
+PUBLIC = ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"]
+PUBLIC += ["::ffff:93.184.215.14", "2002:5db8:d70e::", "64:ff9b::93.184.215.14"]
+# IANA's special-purpose registries for IPv4 and IPv6, as of 2025: all blocks that are not globally reachable.
+# A block of addresses for protocols counts as a whole, though some of it can be reached.
+SPECIAL = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
+    192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 240.0.0.0/4 255.255.255.255/32
+    ::/128 ::1/128 64:ff9b:1::/48 100::/64 100:0:0:1::/64 2001::/32 2001:2::/48 2001:10::/28 2001:db8::/32
+    3fff::/20 5f00::/16 fc00::/7 fe80::/10"""
+SPECIAL += " 224.0.0.0/4 ff00::/8 fec0::/10"  # multicast, and what was site-local
+REACHABLE = "192.31.196.0/24 192.52.193.0/24 192.175.48.0/24 2620:4f:8000::/48"
+
+
+@pytest.mark.parametrize("block", SPECIAL.split())
+def test_no_address_of_a_special_block_is_public_in_any_guise(block):
+    network = ipaddress.ip_network(block)
+    for address in network[0], network[network.num_addresses // 2], network[-1]:
+        assert not download_data.is_public(str(address))
+        if address.version == 4:
+            last = address.packed.hex(":", 2)  # ::1.2.3.4 mapped, compatible, translated, by NAT64, by 6to4
+            starts = ("::ffff:", "::", "::ffff:0:", "64:ff9b::", "64:ff9b:1::")
+            for guise in (*(start + last for start in starts), f"2002:{last}::1"):
+                assert not download_data.is_public(guise), guise
+
+
+@pytest.mark.parametrize("address", [*PUBLIC, *(block.partition("/")[0] for block in REACHABLE.split())])
+def test_other_addresses_are_public(address):
+    assert download_data.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["fe80::1%eth0", "::127.0.0.1", "::ffff:0:7f00:1", "::93.184.215.14"])
+def test_is_public_knows_link_local_and_outdated_forms(address):
+    assert not download_data.is_public(address)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"])
@@ -415,7 +543,14 @@ def test_tls_certificates_are_checked(out_dir, tmp_path, monkeypatch):
     assert "IP address mismatch" in records(trusting, "rejected")[0]["detail"]
 
 
-@pytest.mark.parametrize(("name", "encode"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+@pytest.mark.parametrize(
+    ("name", "encode"),
+    [
+        ("gzip", gzip.compress),
+        ("deflate", zlib.compress),
+        ("deflate", lambda body: zlib.compress(body, wbits=-15)),  # without zlib's header, as some send it
+    ],
+)
 def test_an_answer_is_decoded_as_it_was_asked_for(name, encode, out_dir, tmp_path):
     asked = []
 
@@ -437,6 +572,176 @@ def test_a_redirect_is_followed(pictures, out_dir, tmp_path):
     [record] = records(out_dir, "kept")
     assert record["url"] == server.url("/moved")
     assert pictures.hits == {"/photo?n=1": 1}
+
+
+def test_a_redirect_may_have_raw_utf8_in_it(out_dir, tmp_path):
+    def respond(handler):
+        if handler.path == "/moved":
+            handler.redirect("/größe/写真.jpg".encode().decode("latin-1"))  # so that the bytes are UTF-8
+        else:
+            handler.answer(picture(1), "image/jpeg")
+
+    with serve(respond) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/moved"))))
+        assert "/" + quote("größe/写真.jpg") in server.hits
+    assert len(records(out_dir, "kept")) == 1
+
+
+def test_a_redirect_that_wants_a_cookie_gets_it(out_dir, tmp_path):
+    def respond(handler):
+        if handler.headers["Cookie"] == "seen=yes":
+            serve_pictures(handler)
+        else:
+            handler.redirect(handler.path, Set_Cookie="seen=yes; Path=/; HttpOnly")
+
+    with serve(respond) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/photo?n=1"))))
+        assert server.hits == {"/photo?n=1": 2}
+    assert len(records(out_dir, "kept")) == 1
+
+
+@pytest.mark.parametrize("page", ["", "https://user:pass@pages.example/größe#top", "no page at all"])
+def test_a_picture_refused_to_strangers_is_asked_for_once_more_from_its_page(page):
+    referers = []
+
+    def respond(handler):
+        referers.append(handler.headers["Referer"])
+        handler.answer(b"picture" if referers[-1] else b"", status=200 if referers[-1] else 403)
+
+    with serve(respond) as server:
+        downloader = download_data.Downloader(2, 0, allow_private=True, contact="")
+        assert downloader.get(server.url("/a.jpg"), page=page) == b"picture"
+        expected = "https://pages.example/gr%C3%B6%C3%9Fe" if "user" in page else server.url("/")
+    assert referers == [None, expected]
+
+
+def test_a_picture_that_stays_refused_is_asked_for_twice(out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=403)) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/a.jpg"))), "--retries", "3")
+        assert server.hits == {"/a.jpg": 2}
+    assert reasons(out_dir) == {"http error": 1}
+
+
+@pytest.mark.parametrize("is_date", [False, True])
+def test_a_host_is_left_alone_for_as_long_as_it_asks(is_date, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_data, "BACKOFF_S", 0.01)
+    times = []
+
+    def respond(handler):
+        times.append(time.time())
+        if len(times) == 1:
+            header = formatdate(times[0] + 3, usegmt=True) if is_date else "2"
+            handler.answer(b"", status=429, Retry_After=header)
+        else:
+            serve_pictures(handler)
+
+    with serve(respond) as server:
+        lines = [("tench", server.url(f"/photo?n={n}")) for n in range(3)]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines), "--retries", "1", "--workers", "1")
+    assert len(records(out_dir, "kept")) == 3
+    assert times[1] - times[0] >= 1.9  # a date has no fractions
+
+
+def test_a_host_that_wants_hours_is_not_asked_again_in_this_run(out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=503, Retry_After="3600")) as server:
+        lines = [("tench", server.url(f"/photo?n={n}")) for n in range(5)]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines), "--retries", "2", "--workers", "1")
+        assert sum(server.hits.values()) == 1
+        assert reasons(out_dir) == {"busy": 5}
+        imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"), "--workers", "1")
+        assert sum(server.hits.values()) == 2
+
+
+@pytest.mark.parametrize("value", ["soon", "Mon, 99 Foo 99999 99:99:99 GMT", "9" * 5000, "-5"])
+def test_a_time_to_wait_that_makes_no_sense_is_passed_over(value, out_dir, tmp_path):
+    with serve(lambda handler: handler.answer(b"", status=503, Retry_After=value)) as server:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", server.url("/a.jpg"))))
+    assert [record["detail"] for record in records(out_dir, "failed")] == ["HTTP 503"]
+
+
+# --- proxies ---
+
+
+def serve_proxy(handler):
+    """Pass a GET or a CONNECT on to this machine, whatever host it names, but not without the password."""
+    if handler.headers["Proxy-Authorization"] != "Basic dXNlcjpwYXNzOg==":  # user:pass:
+        handler.answer(b"", status=407)
+        return
+    port = urlsplit(f"//{handler.path}" if handler.command == "CONNECT" else handler.path).port
+    with socket.create_connection(("127.0.0.1", port)) as target:
+        if handler.command == "CONNECT":
+            handler.send_response(200)
+            handler.end_headers()
+            handler.wfile.flush()
+            back = threading.Thread(target=pass_on, args=[target, handler.connection])
+            back.start()
+            pass_on(handler.connection, target)
+            back.join()
+        else:
+            path = "/" + handler.path.split("/", 3)[3]
+            target.sendall(f"GET {path} HTTP/1.0\r\nHost: {handler.headers['Host']}\r\n\r\n".encode())
+            pass_on(target, handler.connection)
+
+
+def pass_on(source, target):
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serve(serve_proxy) as server:
+        for name in "http_proxy", "https_proxy":
+            monkeypatch.setenv(name, server.url("").replace("//", "//user:pass%3A@"))
+        yield server
+
+
+def test_pictures_come_through_the_proxies_of_the_environment(
+    proxy, pictures, out_dir, tmp_path, monkeypatch
+):
+    def respond(handler):
+        seen.append(handler.headers["Proxy-Authorization"])
+        serve_pictures(handler)
+
+    seen = []
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    with serve(respond, tls=True) as secure:
+        plain = pictures.url("/photo?n=1", host="pictures.example")  # a name that only the proxy knows
+        urls = [plain, secure.url("/photo?n=2", host="localhost")]
+        imagenet(out_dir, *write_list(tmp_path / "list", *(("tench", url) for url in urls)))
+        assert proxy.hits == {plain: 1, f"localhost:{secure.server_port}": 1}
+    assert [record["url"] for record in records(out_dir, "kept")] == urls
+    assert seen == [None]  # the password is not for the site
+
+
+def test_no_proxy_names_what_is_asked_directly(proxy, pictures, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", pictures.url("/photo?n=1"))))
+    assert len(records(out_dir, "kept")) == 1
+    assert not proxy.hits
+
+
+def test_a_private_address_is_refused_before_the_proxy_hears_of_it(proxy, pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("tench", pictures.url("/photo?n=1")))
+    download_data.main(["imagenet", "--out-dir", str(out_dir), "--retries", "0", *listed])
+    assert reasons(out_dir) == {"not allowed": 1}
+    assert not proxy.hits
+
+
+@pytest.mark.parametrize("address", ["socks5://127.0.0.1:1080", "http://[", "https://127.0.0.1:3128"])
+def test_a_proxy_of_another_kind_is_named_at_once(address, proxy, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("https_proxy", address)
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("tench", "http://a.example/b.jpg")))
+    assert stop.value.code == f"error: https_proxy is {address}, expected http://HOST:PORT"
+
+
+# --- hosts ---
 
 
 def test_another_address_is_tried_where_the_first_does_not_answer(pictures, out_dir, tmp_path, monkeypatch):
@@ -615,6 +920,63 @@ def test_a_contact_sheet_shows_each_picture_of_a_class(pictures, out_dir, tmp_pa
     assert len(colors) == 12
 
 
+def test_contact_sheets_are_drawn_again_only_where_they_change(pictures, out_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(download_data, "PER_SHEET", 3)
+    lines = [("hen", pictures.url(f"/photo?n={n}")) for n in range(8)]
+    sheets = tmp_path / "set_sheets"
+    imagenet(out_dir, *write_list(tmp_path / "list", *lines[:7]))
+    first = {path.name: path.stat().st_mtime_ns for path in sheets.iterdir()}
+    assert first.keys() == {"hen.png", "hen.2.png", "hen.3.png"}
+    imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+    second = {path.name: path.stat().st_mtime_ns for path in sheets.iterdir()}
+    assert [name for name in first if first[name] != second[name]] == ["hen.3.png"]
+    for record in records(out_dir, "kept")[2:]:
+        (out_dir / record["file"]).unlink()
+    imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+    assert [path.name for path in sheets.iterdir()] == ["hen.png"]
+
+
+def test_a_picture_that_was_damaged_later_leaves_its_place_white(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", pictures.url(f"/photo?n={n}")) for n in range(2)))
+    imagenet(out_dir, *listed)
+    (out_dir / records(out_dir, "kept")[0]["file"]).write_bytes(b"damaged")
+    (tmp_path / "set_sheets" / "hen.png").unlink()
+    imagenet(out_dir, *listed)
+    with Image.open(tmp_path / "set_sheets" / "hen.png") as sheet:
+        assert len(sheet.crop((0, 0, 128, 96)).getcolors()) == 1
+
+
+def test_copies_are_found_as_by_comparing_each_with_all():
+    generator = random.Random(0)
+    finder, marks = download_data.CopyFinder(), []
+    for number in range(500):
+        bits = generator.getrandbits(64)
+        if number % 2:  # like an earlier one, or almost
+            bits = int(generator.choice(marks)["phash"], 16)
+            for place in generator.sample(range(64), number % 8):
+                bits ^= 1 << place
+        mark = {"sha256": f"{generator.getrandbits(256):064x}", "phash": f"{bits:016x}"}
+        near = [m for m in marks if (int(m["phash"], 16) ^ bits).bit_count() <= download_data.NEAR_BITS]
+        assert finder.find(**mark) == (near[0] if near else None)
+        assert finder.find("", "f" * 16) is None
+        finder.add(mark)
+        marks.append(mark)
+        assert finder.find(mark["sha256"]) is mark
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF"])
+def test_a_picture_of_one_colour_is_no_photo(form, out_dir, tmp_path):
+    flat = io.BytesIO()
+    Image.new("RGB", (300, 200), (200, 30, 90)).save(flat, form)
+    dark = io.BytesIO()  # a photo all the same
+    Image.open(io.BytesIO(picture(1))).point(lambda level: level // 16).save(dark, "PNG")
+    with serve_files({"/flat": flat.getvalue(), "/dark": dark.getvalue()}) as server:
+        lines = [("hen", server.url("/flat")), ("hen", server.url("/dark"))]
+        imagenet(out_dir, *write_list(tmp_path / "list", *lines))
+    assert reasons(out_dir) == {"one colour": 1}
+    assert len(files(out_dir)) == 1
+
+
 def test_the_table_counts_what_was_asked_found_kept_and_rejected(out_dir, tmp_path, capsys):
     with serve(serve_hostile) as server:
         paths = ["/photo?n=1", "/photo?n=2", "/page.jpg", "/missing.jpg"]
@@ -625,6 +987,66 @@ def test_the_table_counts_what_was_asked_found_kept_and_rejected(out_dir, tmp_pa
         "hen        4      4      2           1         1",
         "tench      1      1      1           0         0",
         "total      5      5      3           1         1",
+    ]
+
+
+# --- a target ---
+
+
+@pytest.fixture
+def openverse(pictures, monkeypatch):
+    """Start an imitation of Openverse with 60 results, of which every third is gone."""
+    with serve(lambda handler: serve_openverse(handler, server.pictures, 60)) as server:
+        respond, server.pictures = pictures.respond, pictures.url("/photo")
+        pictures.respond = lambda h: h.answer(b"", status=404) if int(h.path[9:]) % 3 == 0 else respond(h)
+        monkeypatch.setattr(download_data, "OPENVERSE", server.url("/api"))
+        yield server
+
+
+def test_a_target_counts_what_is_kept_over_as_many_pages_as_that_takes(openverse, out_dir, capsys):
+    hen = ["--engine", "openverse", "--labels", "hen"]
+    imagenet(out_dir, *hen, "--target", "25")
+    assert len(files(out_dir)) == 25
+    assert len(openverse.hits) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "hen: 25 of 25 pictures, the target is reached"
+    assert out[2].split()[1:] == ["38", "38", "25", "13"]
+    (out_dir / files(out_dir)[0]).unlink()  # one that somebody did not like is made up for
+    imagenet(out_dir, *hen, "--target", "25")
+    assert len(files(out_dir)) == 25
+    imagenet(out_dir, *hen, "--target", "50")
+    assert len(files(out_dir)) == 39
+    assert "hen: 39 of 50 pictures, its searches are exhausted\n" in capsys.readouterr().out
+    asked = sum(openverse.hits.values())
+    imagenet(out_dir, *hen, "--target", "50")
+    assert sum(openverse.hits.values()) == asked
+
+
+def test_a_target_stops_at_the_limit_too(openverse, out_dir, capsys):
+    imagenet(out_dir, "--engine", "openverse", "--labels", "hen", "--target", "25", "--limit", "30")
+    assert len(files(out_dir)) == 20
+    assert "hen: 20 of 25 pictures, its searches are at their --limit\n" in capsys.readouterr().out
+
+
+def test_a_target_goes_on_to_the_next_query(pictures, out_dir, tmp_path, capsys):
+    found = [("calm face", 1), ("calm face", 1), ("calm face", 2), ("poker face", 2), ("poker face", 3)]
+    found += [("poker face", 4), ("poker face", 5)]
+    fields = {"status": "kept", "label": "hen", "page": "", "title": "", "license": "", "face_box": []}
+    fields |= {"is_thumbnail": False, "sha256": ""}
+    lines = [
+        {**fields, "query": text, "url": pictures.url(f"/photo?n={n}#{i}")}
+        for i, (text, n) in enumerate(found)
+    ]
+    (tmp_path / "list").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"), "--target", "3")
+    kept = [(record["query"], record["url"][-5:-2]) for record in records(out_dir, "kept")]
+    assert kept == [("calm face", "n=1"), ("calm face", "n=2"), ("poker face", "n=3")]
+    assert reasons(out_dir) == {"copy": 2}
+    out = capsys.readouterr().out.splitlines()
+    assert out[:3] == [
+        "hen: 3 of 3 pictures, the target is reached",
+        "label  asked  found   kept   copy",
+        "hen        5      5      3      2",
     ]
 
 
@@ -699,6 +1121,23 @@ def test_a_line_that_breaks_off_is_dropped_but_a_damaged_one_is_named(pictures, 
     assert stop.value.code == f"error: {manifest}, line 1 is no record of this script; delete that line"
 
 
+def test_a_full_disk_is_named_and_the_next_run_goes_on(out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", f"ftp://a.example/{n}.jpg") for n in range(40)))
+    with file_size_limit(8000), pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *listed)
+    assert stop.value.code == f"error: cannot write {out_dir / 'manifest.jsonl'}: File too large"
+    imagenet(out_dir, *listed)
+    assert reasons(out_dir) == {"not allowed": 40}
+
+
+def test_a_run_that_finds_nothing_new_writes_nothing(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+    imagenet(out_dir, *listed)
+    written = (out_dir / "manifest.jsonl").read_bytes()
+    imagenet(out_dir, *listed)
+    assert (out_dir / "manifest.jsonl").read_bytes() == written
+
+
 def test_a_picture_deleted_by_hand_stays_away(pictures, out_dir, tmp_path):
     listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
     imagenet(out_dir, *listed)
@@ -706,6 +1145,98 @@ def test_a_picture_deleted_by_hand_stays_away(pictures, out_dir, tmp_path):
     imagenet(out_dir, *listed)
     assert files(out_dir) == []
     assert pictures.hits == {"/photo?n=1": 1}
+
+
+CRAFTED = {
+    "above": {"file": "../victim.jpg"},
+    "deep": {"file": "hen/../../victim.jpg"},
+    "absolute": {"file": "/etc/passwd"},
+    "nul": {"file": "hen/0123456789abcdef.jpg\0"},
+    "other_name": {"file": "hen/victim.jpg"},
+    "other_label": {"file": "cock/0123456789abcdef.jpg"},
+    "label": {"label": "..", "file": "../0123456789abcdef.jpg"},
+    "label_list": {"label": ["hen"]},
+    "digest": {"sha256": "../victim"},
+    "phash": {"phash": "-1"},
+    "box": {"face_box": [9, 9, 1, 10**400]},
+    "url": {"url": ["http://a.example/b.jpg"]},
+    "half": {"url": "http://a.example/\ud83d"},
+    "status": {"status": "perhaps"},
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_manifest_is_refused_and_deletes_nothing(case, pictures, out_dir, tmp_path):
+    imagenet(out_dir, *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1"))))
+    (tmp_path / "victim.jpg").write_bytes(b"mine")
+    [record] = records(out_dir, "kept")
+    with (out_dir / "manifest.jsonl").open("a") as file:
+        file.write(json.dumps({**record, "url": "http://a.example/b.jpg", **CRAFTED[case]}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--remove", record["sha256"])
+    assert stop.value.code.endswith("manifest.jsonl, line 3 is no record of this script; delete that line")
+    assert (tmp_path / "victim.jpg").exists()
+    assert files(out_dir) == [record["file"]]
+
+
+@pytest.mark.parametrize("name", ["picture", "hen", ".incoming", "manifest.jsonl"])
+def test_links_are_not_followed(name, pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
+    imagenet(out_dir, *listed)
+    [record] = records(out_dir, "kept")
+    path = out_dir / (record["file"] if name == "picture" else name)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    for options in listed, ["--remove", record["sha256"]]:
+        with pytest.raises(SystemExit) as stop:
+            imagenet(out_dir, *options)
+        assert stop.value.code == f"error: {path} is a link, expected what this script wrote; delete the link"
+    assert len([*tmp_path.glob("elsewhere"), *tmp_path.glob("elsewhere/*.jpg")]) in (1, 2)
+
+
+def test_a_link_among_the_downloads_is_no_download(pictures, out_dir, tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(picture(9))
+    url = pictures.url("/photo?n=1")
+    (out_dir / ".incoming").mkdir(parents=True)
+    (out_dir / ".incoming" / download_data.url_digest(url)).symlink_to(tmp_path / "secret.jpg")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("hen", url)))
+    [record] = records(out_dir, "kept")
+    assert record["sha256"] == hashlib.sha256(picture(1)).hexdigest()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "null", "[]", '"kept"'])
+def test_a_manifest_of_strange_json_is_one_line(line, out_dir, tmp_path):
+    out_dir.mkdir()
+    (out_dir / "manifest.jsonl").write_text(line + "\n")
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *write_list(tmp_path / "list", ("hen", "http://a.example/b.jpg")))
+    assert stop.value.code.endswith("manifest.jsonl, line 1 is no record of this script; delete that line")
+    with pytest.raises(SystemExit) as stop:
+        imagenet(tmp_path / "new", "--engine", "urls", "--list", str(out_dir / "manifest.jsonl"))
+    assert "line 1 is neither 'label url' nor a manifest's record" in stop.value.code
+    assert len(stop.value.code) < 500
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_second_run_over_one_folder_stops_at_once(start, pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", pictures.url(f"/photo?n={n}")) for n in range(4)))
+    with held(pictures, 2):
+        first = start(*command(out_dir, *listed, "--timeout", "10000"))
+        wait_for(lambda: len(pictures.hits) > 2)
+        with pytest.raises(SystemExit) as stop:
+            imagenet(out_dir, *listed)
+        assert f"{out_dir} is in use by download_data.py (process {first.pid})" in stop.value.code
+        with pytest.raises(SystemExit, match="is in use by"):
+            imagenet(out_dir, "--remove", pictures.url("/photo?n=0"))
+    assert first.wait(timeout=200) == 0
+    assert len(files(out_dir)) == 4
+
+
+def test_what_strangers_wrote_does_not_reach_the_terminal_as_it_is(pictures, out_dir, tmp_path, capsys):
+    url = pictures.url("/photo?n=1")
+    imagenet(out_dir, *write_list(tmp_path / "list", ("tench", url), ("hen", url + "#\x1b[31m\u202e")))
+    assert r"#\x1b[31m\u202e was found" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("by", ["sha256", "url", "copy"])
@@ -736,10 +1267,18 @@ def test_a_removed_picture_never_comes_back(by, out_dir, tmp_path, capsys):
         assert len(sheet.crop((128, 0, 1280, 128)).getcolors()) == 1  # one picture, and white
 
 
+def test_remove_counts_only_what_was_there(pictures, out_dir, tmp_path, capsys):
+    imagenet(out_dir, *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1"))))
+    (out_dir / files(out_dir)[0]).unlink()
+    imagenet(out_dir, "--remove", pictures.url("/photo?n=1"))
+    assert "\n0 files removed; " in capsys.readouterr().out
+
+
 def test_remove_names_what_it_does_not_know(out_dir):
     with pytest.raises(SystemExit) as stop:
         imagenet(out_dir, "--remove", "https://example.org/never.jpg")
     assert "lists 0 pictures https://example.org/never.jpg" in stop.value.code
+    assert not out_dir.exists()
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path, pictures):
@@ -779,6 +1318,169 @@ def test_an_api_without_more_results_ends_the_search(engine, pictures, out_dir, 
     assert len(records(out_dir, "kept")) == 3
 
 
+def spoil(answer, number):
+    """Make of an answer's entries what APIs have sent, once each."""
+    entries = answer["results"] if "results" in answer else answer["query"]["pages"]
+    if number == 1 and "results" in answer:
+        entries[0] = None
+        entries[1] = {}
+        entries[2]["url"] = None
+        entries[3] |= dict.fromkeys(("title", "license", "license_version", "foreign_landing_url", "creator"))
+    elif number == 1:
+        entries[0] = None
+        del entries[1]["imageinfo"]
+        entries[2]["imageinfo"] = []
+        entries[3]["imageinfo"][0]["extmetadata"] = None
+        entries[4]["imageinfo"][0]["extmetadata"]["LicenseShortName"] = None
+
+
+@pytest.mark.parametrize("engine", ["openverse", "commons"])
+def test_an_api_keeps_its_good_entries_and_the_rest_is_counted(engine, api, out_dir, capsys):
+    api(engine, 33, spoil)
+    imagenet(out_dir, "--labels", "hen", "--limit", "100", "--engine", engine)
+    assert len(records(out_dir, "kept")) == 30
+    captured = capsys.readouterr()
+    assert "hen: 3 of 33 results have no address and are left out\n" in captured.err
+    assert captured.out.splitlines()[1].split() == ["hen", "100", "30", "30"]
+
+
+def limited(answer, number):
+    if number == 3:
+        raise ConnectionError(429)
+
+
+def failing(answer, number):
+    if number == 3 and "results" in answer:
+        answer.clear()
+        answer["detail"] = "Request was throttled. Expected available in 86400 seconds."
+    elif number == 3:
+        answer.clear()
+        info = "You've exceeded your rate limit. Please wait some time and try again."
+        answer["error"] = {"code": "ratelimited", "info": info, "docref": "See https://..."}
+
+
+@pytest.mark.parametrize("change", [limited, failing])
+@pytest.mark.parametrize("engine", ["openverse", "commons"])
+def test_pages_before_an_error_are_kept_and_the_next_run_goes_on(engine, change, api, out_dir, capsys):
+    server = api(engine, 50, change)
+    options = ["--labels", "hen", "--limit", "50", "--engine", engine]
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, *options)
+    assert stop.value.code.startswith(f"error: {engine} does not answer (")
+    assert ("HTTP 429" if change is limited else "rate limit" if engine == "commons" else "throttled") in str(
+        stop.value.code
+    )
+    assert len(records(out_dir, "kept")) == 40
+    server.change = lambda answer, number: None
+    imagenet(out_dir, *options)
+    assert len(records(out_dir, "kept")) == 50
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["total", "50", "50", "50"]
+
+
+def shrinking(answer, number):
+    if number == 2 and "results" in answer:
+        del answer["results"][5:]
+        answer["page_count"] = 2
+    elif number == 2:
+        del answer["query"]["pages"][5:], answer["continue"]
+
+
+def gone(answer, number):
+    if number == 2:
+        raise ConnectionError(404)
+
+
+def repeating(answer, number):
+    if number > 1:
+        answer.clear()
+        answer.update(REPEATED[0])
+    else:
+        REPEATED[:] = [dict(answer)]
+
+
+REPEATED = []
+
+
+@pytest.mark.parametrize(("change", "kept"), [(shrinking, 25), (gone, 20), (repeating, 20)])
+@pytest.mark.parametrize("engine", ["openverse", "commons"])
+def test_an_api_may_have_less_than_it_said(engine, change, kept, api, out_dir):
+    api(engine, 90, change)
+    imagenet(out_dir, "--labels", "hen", "--limit", "80", "--engine", engine)
+    assert len(records(out_dir, "kept")) == kept
+
+
+def test_commons_may_bring_a_batch_in_parts(pictures, out_dir, monkeypatch):
+    def respond(handler):
+        fields = parse_qs(urlsplit(handler.path).query)
+        is_second = "iistart" in fields
+
+        def halve(answer, number):
+            del answer["continue"]
+            if not is_second:
+                del answer["batchcomplete"]
+                answer["continue"] = {"iistart": "2019-01-01T00:00:00Z", "continue": "||"}
+            for page in answer["query"]["pages"]:
+                if (page["pageid"] % 2 == 0) != is_second:
+                    del page["imageinfo"]
+
+        serve_commons(handler, pictures.url("/photo"), 30, halve)
+
+    with serve(respond) as server:
+        monkeypatch.setattr(download_data, "COMMONS", server.url("/api"))
+        imagenet(out_dir, "--labels", "hen", "--limit", "20", "--engine", "commons")
+    expected = [pictures.url(f"/photo?n={n}") for n in range(20)]
+    assert [record["url"] for record in records(out_dir, "kept")] == expected
+
+
+def test_openverse_gets_its_key_and_nobody_else_does(pictures, out_dir, monkeypatch):
+    keys = []
+
+    def respond(handler):
+        keys.append((handler.path[:5], handler.headers["Authorization"]))
+        if handler.path.startswith("/api?"):
+            handler.redirect(handler.path.replace("/api", "/moved"))
+        else:
+            serve_openverse(handler, pictures.url("/photo"), 3)
+
+    monkeypatch.setenv("OPENVERSE_TOKEN", "secret\n")
+    with serve(respond) as server:
+        monkeypatch.setattr(download_data, "OPENVERSE", server.url("/api"))
+        imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
+    assert keys == [("/api?", "Bearer secret"), ("/move", None)]
+    assert len(records(out_dir, "kept")) == 3
+
+
+def test_a_wrong_key_is_named(api, out_dir, monkeypatch):
+    def refuse(answer, number):
+        raise ConnectionError(401)
+
+    api("openverse", 60, refuse)
+    monkeypatch.setenv("OPENVERSE_TOKEN", "expired")
+    with pytest.raises(SystemExit, match=r"does not answer \(HTTP 401, is OPENVERSE_TOKEN right\?\)"):
+        imagenet(out_dir, "--labels", "hen", "--engine", "openverse")
+
+
+@pytest.fixture
+def api(pictures, monkeypatch):
+    """Return a function that starts an imitation of an API whose answers are changed."""
+    with contextlib.ExitStack() as stack:
+
+        def start_api(engine, num_results, change):
+            def respond(handler):
+                try:
+                    answer(handler, pictures.url("/photo"), num_results, server.change)
+                except ConnectionError as error:
+                    handler.answer(b'{"detail": "refused"}', "application/json", status=error.args[0])
+
+            answer = {"openverse": serve_openverse, "commons": serve_commons}[engine]
+            server = stack.enter_context(serve(respond))
+            server.change = change
+            monkeypatch.setattr(download_data, engine.upper(), server.url("/api"))
+            return server
+
+        yield start_api
+
+
 def test_an_api_that_does_not_answer_stops_the_run(out_dir, monkeypatch):
     with serve(serve_hostile) as server:
         monkeypatch.setattr(download_data, "OPENVERSE", server.url("/busy.jpg"))
@@ -801,6 +1503,7 @@ def test_ddgs_is_an_extra_that_is_asked_for(out_dir, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         imagenet(out_dir, "--labels", "hen", "--engine", "duckduckgo")
     assert stop.value.code == "error: --engine duckduckgo needs the package ddgs; pip install ddgs"
+    assert not out_dir.exists()
 
 
 def test_ddgs_is_read_page_by_page(pictures, out_dir, tmp_path, monkeypatch):
@@ -838,6 +1541,20 @@ def test_a_manifest_rebuilds_a_set_exactly_and_refuses_what_changed(out_dir, tmp
         assert (tmp_path / "again" / name).read_bytes() == (out_dir / name).read_bytes()
     assert reasons(tmp_path / "changed") == {"changed": 1}
     assert len(files(tmp_path / "changed")) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_list_may_be_in_any_unicode(encoding, pictures, out_dir, tmp_path):
+    (tmp_path / "list").write_text(f"größe {pictures.url('/photo?n=1')}\n", encoding=encoding)
+    imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"))
+    assert [record["label"] for record in records(out_dir, "kept")] == ["größe"]
+
+
+def test_a_list_in_another_encoding_is_named(out_dir, tmp_path):
+    (tmp_path / "list").write_bytes("größe http://a.example/b.jpg\n".encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"))
+    assert stop.value.code.startswith(f"error: {tmp_path / 'list'}, line ")
 
 
 def test_an_empty_list_is_named(out_dir, tmp_path):
@@ -878,12 +1595,46 @@ def test_an_emotions_file_brings_other_words(tmp_path):
     assert download_data.list_queries(texts, limit=100, synonym_limit=0) == [("neutral", "calm face", 100)]
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a": []}', '{"a": "b"}', '{"../a": ["b"]}', "{"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_an_emotions_file_may_be_in_any_unicode(encoding, tmp_path):
+    path = tmp_path / "words.json"
+    path.write_text('{"größe": ["großes  Gesicht "]}', encoding=encoding)
+    assert download_data.read_emotions(path) == {"größe": ["großes Gesicht"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{}", "{", '{"a": []}', '{"a": "b"}', '{"a": {"b": "c"}}', '{"../a": ["b"]}', '{"a": [""]}'),
+        *('{"a": ["b", " "]}', '{"a": ["b", "B "]}', '{"a": ["b"], "c": ["b"]}', '{"a": ["b"], "a": ["c"]}'),
+        *('{"e\u0301": ["b"], "\u00e9": ["c"]}', r'{"a": ["\ud83d"]}', '{"a":' * 100_000, "[" * 100_000),
+    ],
+)
 def test_an_emotions_file_of_another_shape_is_named(text, tmp_path, out_dir):
     (tmp_path / "words.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
         emotions(out_dir, "--emotions-file", str(tmp_path / "words.json"))
     assert "words.json is no JSON object of lists of words" in stop.value.code
+    assert len(stop.value.code) < 500
+    assert not out_dir.exists()  # nothing is written before this is checked
+
+
+@pytest.mark.parametrize("label", ["happy", "great_white-shark", "jack-o'-lantern", "größe", "खुश", "悲しい"])
+def test_a_label_may_be_a_word_of_any_language(label):
+    assert download_data.check_label(label) == label
+
+
+def test_a_label_is_one_however_its_accents_are_written():
+    assert download_data.check_label("cafe\u0301") == "caf\u00e9"
+
+
+@pytest.mark.parametrize(
+    "label",
+    [".", "..", "", " ", "a b", "a/b", "-a", "con", "NUL", "Com1", "\u0301a", "a\0", "ü" * 128, None, 7],
+)
+def test_a_label_that_can_be_no_folder_everywhere_is_refused(label):
+    with pytest.raises(ValueError, match="expected letters, digits"):
+        download_data.check_label(label)
 
 
 def test_an_unknown_label_is_named(out_dir):

@@ -596,6 +596,17 @@ def test_a_manifest_of_another_kind_is_refused_and_kept(run, tmp_path, out, text
     assert (out / "manifest.json").read_text() == text
 
 
+def test_a_linked_folder_is_refused_and_what_it_links_to_kept(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", MIXED)
+    run(path)
+    photos = tmp_path / "photos"
+    (out / "train" / "happy").rename(photos)
+    (out / "train" / "happy").symlink_to(photos)
+    before = snapshot(photos)
+    check_one_line_error(run(path, "--overwrite"), f"leads out of {out}")
+    assert snapshot(photos) == before
+
+
 def test_images_of_unknown_origin_are_named_and_kept(run, tmp_path, out):
     path = write_csv(tmp_path / "fer2013.csv", MIXED)
     run(path)
