@@ -23,6 +23,7 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import model as shared
@@ -62,8 +63,15 @@ if TYPE_CHECKING:
 
 # --- sources ---
 
-VIDEO_SUFFIXES = {".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv"}
-VIDEO_SUFFIXES |= {".3gp", ".ts", ".webm", ".wmv"}
+VIDEO_SUFFIXES = {".avi", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"}
+VIDEO_SUFFIXES |= {".3g2", ".3gp", ".asf", ".mts", ".mxf", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv"}
+# FFmpeg's names of formats that hold their own data. Others open what a file names (HLS, DASH, concat, SDP),
+# are no videos, or are seen in files of any kind.
+VIDEO_FORMATS = (
+    "amv,asf,av1,avi,cavsvideo,dirac,dv,evc,flv,gxf,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,"
+    "nsv,nut,obu,ogg,rm,vvc,wtv,yuv4mpegpipe"
+)
+PICTURE_BRANDS = shared.HEIC_BRANDS | {b"avif", b"avis"}  # FFmpeg would open these as MP4
 KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # copies of all others are PNGs
 # An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
 MARK = "Emotion detector, detect_emotions.py"
@@ -71,6 +79,51 @@ TABLES = (b"file,face,", b"frame,time,track,", b"track,first,last,")
 MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
+
+
+def load_opencv() -> ModuleType:
+    """Import OpenCV.
+
+    Raises:
+        ValueError: it, or a system library that it needs, is not there.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError(
+            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get "
+            "install libgl1 libglib2.0-0, or pip install opencv-python-headless for cameras without a window"
+        ) from None
+    return cv2
+
+
+def load_av() -> ModuleType:
+    """Import PyAV, which photos do not need, after OpenCV.
+
+    In the other order OpenCV's windows hang on Linux, for both bring their own libxcb along
+    (https://github.com/PyAV-Org/PyAV/issues/978).
+    """
+    with suppress(ValueError):
+        load_opencv()
+    import av
+
+    return av
+
+
+def open_video(path: Path) -> av.container.InputContainer:
+    """Open a video file, and never an address, a program or another file that its name or content may mean.
+
+    Raises:
+        ValueError: it is not a video that FFmpeg can read.
+    """
+    av = load_av()
+    options = {"protocol_whitelist": "file", "format_whitelist": VIDEO_FORMATS}
+    try:
+        return av.open(f"file:{path}", metadata_errors="ignore", container_options=options)
+    except av.error.FFmpegError as error:
+        is_refused = isinstance(error, av.error.ArgumentError)
+        reason = "a playlist, or of a format that is not read" if is_refused else error.strerror
+        raise ValueError(f"{path} is not a video that can be read: {reason}") from None
 
 
 class Source(NamedTuple):
@@ -89,6 +142,21 @@ def path_kind(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "device"
+
+
+def source_kind(path: Path) -> str:
+    """Return whether a file is a "photo" or a "video", by its content; if that is neither, by its suffix."""
+    named = "video" if path.suffix.lower() in VIDEO_SUFFIXES else "photo"
+    if path_kind(path) != "file":
+        return named
+    formats = [each for each in shared.FORMATS if named == "photo" or each != "TGA"]  # it has no signature
+    with suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=formats):
+        return "photo"
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        if named == "photo" and file.read(12)[8:12] not in PICTURE_BRANDS:
+            open_video(path).close()
+            return "video"
+    return named
 
 
 def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path] | None:
@@ -159,9 +227,8 @@ def find_sources(
                 raise ValueError(f"{text} has no photos or videos{others}; {remedy}")
         left_out.update(reasons)
         for file in files:
-            medium = "video" if file.suffix.lower() in VIDEO_SUFFIXES else "photo"
             below = file.parent.relative_to(path) if kind == "folder" else ""
-            source = Source(file, medium, out_dir / below if out_dir else file.parent, is_named)
+            source = Source(file, source_kind(file), out_dir / below if out_dir else file.parent, is_named)
             if is_named or real_path(file) not in sources:
                 sources[real_path(file)] = source
     return list(sources.values())
@@ -319,8 +386,15 @@ def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, ov
 
 # --- frames ---
 
-MISSED = 0.5  # s that the last frame may end before a video should; chosen here
+# Chosen here, but for what H.264 and libx264 allow.
+MISSED = 0.5  # s that the last frame may end before a video should, and times may be off
+MAX_LATE = 5  # frames' durations that the first picture may come late; putting them in order takes two or so
+MAX_DELAY = 16  # pictures that H.264 may hold back to put them in order
+MAX_SIDE, MAX_PIXELS = 16_384, 8192 * 4320  # of a frame: libx264's limit, and 8K
+BATCH_PIXELS = 2**25  # that are worked on together: 8 frames of full HD have half as many
+MAX_GAP = 0.7  # s between two pictures in MPEG's own formats, ISO/IEC 13818-1; elsewhere they may be rarer
 BT709 = 1  # FFmpeg's number for the colours of HD video
+COLORSPACES = {*range(8), 9}  # its numbers of those that it makes RGB
 
 
 class Frame(NamedTuple):
@@ -332,33 +406,62 @@ class Frame(NamedTuple):
     image: Image.Image  # RGB, upright
 
 
-def load_opencv() -> ModuleType:
-    """Import OpenCV.
+def demux(
+    container: av.container.InputContainer, stream: av.stream.Stream, shifts: list[Fraction]
+) -> Iterator[av.Packet]:
+    """Read a stream's packets; mend their times.
 
-    Raises:
-        ValueError: it, or a system library that it needs, is not there.
+    A time that fits neither the packet before nor the one after is damaged, and left out. Where times begin
+    anew, as in files joined end to end, they go on, in all streams by the same `shifts`, s, one a joint.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ValueError(
-            f"cameras and windows need OpenCV, which does not load here ({error}); on Debian, apt-get "
-            "install libgl1 libglib2.0-0, or pip install opencv-python-headless for cameras without a window"
-        ) from None
-    return cv2
+
+    def read() -> Iterator[av.Packet | None]:
+        with suppress(IndexError):  # of PyAV at a file's end, if a stream has come up on the way
+            yield from container.demux(stream)
+        yield None
+
+    slack, end, shift, num_joints = round(MISSED / stream.time_base), None, 0, 0
+    for packet, after in itertools.pairwise(read()):
+        if packet.dts is not None:
+            time, duration, is_damaged = packet.dts + shift, packet.duration or 0, False
+            if end is not None and after and after.dts is not None and abs(time - end) > slack:
+                is_damaged = abs(after.dts + shift - end) < abs(after.dts - packet.dts)
+                if time < end and not is_damaged:
+                    if num_joints == len(shifts):
+                        shifts.append((end - packet.dts) * stream.time_base)
+                    shift = round(shifts[num_joints] / stream.time_base)
+                    time, num_joints = packet.dts + shift, num_joints + 1
+            max_delay = max(slack, MAX_DELAY * duration)
+            is_known = not is_damaged and packet.pts is not None and abs(packet.pts - packet.dts) <= max_delay
+            packet.pts = packet.pts + shift if is_known else None
+            packet.dts = None if is_damaged else time
+            end = (end if is_damaged else time) + duration
+        yield packet
 
 
-def load_av() -> ModuleType:
-    """Import PyAV, which photos do not need, after OpenCV.
+def decode(packets: Iterator[av.Packet], stream: av.stream.Stream) -> Iterator[av.frame.Frame | None]:
+    """Decode what can be of a stream; yield None for each damaged part."""
+    av = load_av()
+    packet = True
+    while packet:
+        try:
+            packet = next(packets, None)  # the last, an empty one, lets the decoder give what it holds
+            if packet and packet.is_corrupt:
+                yield None
+            yield from stream.decode(packet)
+        except EOFError:
+            break
+        except av.error.FFmpegError:
+            yield None
 
-    In the other order OpenCV's windows hang on Linux, for both bring their own libxcb along
-    (https://github.com/PyAV-Org/PyAV/issues/978).
-    """
-    with suppress(ValueError):
-        load_opencv()
-    import av
 
-    return av
+def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
+    """Mirror and turn an image by a display matrix (ISO/IEC 14496-12): x goes to (a, b), y to (c, d)."""
+    a, b, _, c, d, *_ = matrix
+    if a * d < b * c:
+        image, a, b = ImageOps.mirror(image), -a, -b
+    angle = -round(math.degrees(math.atan2(b, a)))
+    return image.rotate(angle, expand=angle % 90 == 0)
 
 
 class Video:
@@ -367,10 +470,12 @@ class Video:
     Attributes:
         rate: frames/s, the mean.
         num_frames: about how many there are, or None.
+        origin: when it begins, s, by the clock of its file, which is that of its sound too.
+        sample_aspect_ratio: of the upright frames' pixels, width by height; known with the first of them.
         lost: what could not be read of it, in words; complete once all frames were read.
+        shifts: of `demux`.
+        batch_size: frames that are worked on together.
     """
-
-    batch_size = 8  # frames that are worked on together
 
     def __init__(self, path: Path, start: float, end: float):
         """Open a file to read it from `start` until `end`, s.
@@ -378,25 +483,26 @@ class Video:
         Raises:
             ValueError: it is not a video that FFmpeg can read.
         """
-        self.name, self.path, self.start, self.end, self.lost = str(path), path, start, end, []
-        av = load_av()
-        try:
-            self._container = av.open(str(path), metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"{path} is not a video that can be read: {error.strerror}") from None
+        self.name, self.path, self.start, self.end = str(path), path, start, end
+        self.lost, self.shifts = [], []
+        self._container = open_video(path)
         self._stream = self._container.streams.best("video")
         if self._stream is None:
             raise ValueError(f"{path} has no picture, only sound; name a video")
-        self._stream.thread_type = "AUTO"
+        codec = self._stream.codec_context
+        if codec is None or codec.colorspace not in COLORSPACES:
+            raise ValueError(f"{path} has a picture of a kind that FFmpeg cannot decode; convert it")
+        if max(codec.width, codec.height) > MAX_SIDE or codec.width * codec.height > MAX_PIXELS:
+            size = f"{codec.width}x{codec.height}"
+            raise ValueError(f"{path} has frames of {size} pixels, which is too large; scale it down first")
+        codec.options, codec.thread_type = {"max_pixels": str(MAX_PIXELS)}, "AUTO"
+        self.batch_size = max(1, min(8, BATCH_PIXELS // max(1, codec.width * codec.height)))
         self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.time_base = self._stream.time_base
-        codec = self._stream.codec_context
         self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
-        self.sample_aspect_ratio = codec.sample_aspect_ratio
-        self._origin = self._stream.start_time or 0
-        self._length = self._stream.duration and float(self._stream.duration * self.time_base)  # s
-        if "DURATION" in self._stream.metadata:  # Matroska
-            self._length = clock_time(self._stream.metadata["DURATION"])
+        self.sample_aspect_ratio = self._stream.sample_aspect_ratio
+        self.origin = (self._stream.start_time or 0) * self.time_base
+        self._length = self._promised_length()
         self.num_frames = self._length and round((min(end, self._length) - start) * self.rate)
 
     def frames(self) -> Iterator[Frame]:
@@ -407,40 +513,69 @@ class Video:
         """Close the file."""
         self._container.close()
 
+    def _promised_length(self) -> float | None:
+        """Return how long the picture should be, or in some formats when it should end, s."""
+        if self._container.format.name == "avi":  # where FFmpeg has the duration of what is there
+            return float(self._stream.frames / self.rate) or None
+        if self._stream.duration:
+            return float(self._stream.duration * self.time_base)
+        with suppress(argparse.ArgumentTypeError):
+            end = clock_time(self._stream.metadata.get("DURATION", ""))
+            return min(end, (self._container.duration or math.inf) / 10**6)  # the tag may be out of date
+        return None
+
     def _decode(self) -> Iterator[Frame]:
-        if self.start:
-            self._container.seek(self._origin + int(self.start / self.time_base), stream=self._stream)
-        size, last, ends = None, Fraction(-1), Fraction(0)
+        size, last, ends, num_damaged, num_early, missing = None, Fraction(-1), Fraction(0), 0, 0, 0.0
+        max_gap = MAX_GAP if self._container.format.name in {"mpeg", "mpegts"} else math.inf
         for picture in self._pictures():
-            time = ends if picture.pts is None else (picture.pts - self._origin) * self.time_base
-            if time <= last:
-                continue  # the timestamps are damaged, or it comes before what the file says is its start
+            if picture is None:
+                num_damaged += 1
+                continue
+            num_damaged += picture.is_corrupt
+            time = ends if picture.pts is None else picture.pts * self.time_base - self.origin
+            if time <= last:  # the timestamps are damaged, or it comes before what the file says is its start
+                num_early += time < last - MISSED
+                continue
             image = picture.to_image()
-            if picture.rotation:
-                image = image.rotate(picture.rotation, expand=True)
-            size = size or image.size
+            matrix = picture.side_data.get("DISPLAYMATRIX")
+            if matrix:
+                matrix = np.frombuffer(matrix, np.int32).tolist()
+                image = upright(image, matrix)
+            if size is None:
+                size = image.size
+                if matrix and abs(matrix[1]) > abs(matrix[0]) and self.sample_aspect_ratio:
+                    self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
+                if time > self.start + MAX_LATE / self.rate:
+                    self.lost.append(f"what comes before {float(time):.1f} s cannot be read")
+            elif time - ends > max_gap:
+                missing += float(time - ends)
             duration = (picture.duration or 0) * self.time_base or 1 / self.rate
             last, ends = time, time + duration
             yield Frame(0, time, duration, image if image.size == size else image.resize(size))
-        if self._length and ends < self._length - MISSED:
-            self.lost.append(f"it ends at {float(ends):.1f} of {self._length:.1f} s")
-
-    def _pictures(self) -> Iterator[av.VideoFrame]:
-        """Decode all pictures that can be."""
-        av = load_av()
-        num_damaged, packets, packet = 0, self._container.demux(self._stream), True
-        while packet:
-            try:
-                packet = next(packets, None)  # the last, an empty one, lets the decoder give what it holds
-                for picture in self._stream.decode(packet):
-                    num_damaged += picture.is_corrupt
-                    yield picture
-            except EOFError:
-                break
-            except av.error.FFmpegError:
-                num_damaged += 1
         if num_damaged:
-            self.lost.append(f"{num_damaged} damaged parts were left out or guessed")
+            self.lost.append(f"damaged parts were left out or guessed: {num_damaged}")
+        if missing:
+            self.lost.append(f"{missing:.1f} s in between are missing")
+        if num_early:
+            self.lost.append(f"pictures were left out, as the times in it go back: {num_early}")
+        if self._length and max(ends, self.origin + ends) < self._length - MISSED:
+            text = f"it ends at {float(ends):.1f} of {self._length:.1f} s"
+            self.lost.append(f"{text}, or its header is wrong")
+
+    def _pictures(self) -> Iterator[av.VideoFrame | None]:
+        """Decode the pictures from `start` or a little earlier on."""
+        av = load_av()
+        if not self.start or self._stream.start_time is None:  # no times that could be searched for
+            return decode(demux(self._container, self._stream, self.shifts), self._stream)
+        for early in (0, 10, self.start + 10):  # s; MPEG-TS is searched by time, not for a keyframe
+            target = self.origin + Fraction(self.start - early)
+            with suppress(av.error.FFmpegError):
+                self._container.seek(int(target / self.time_base), stream=self._stream)
+            pictures = decode(demux(self._container, self._stream, self.shifts), self._stream)
+            first = next(filter(None, pictures), None)
+            if first and (first.pts is None or first.pts * self.time_base - self.origin <= self.start):
+                break
+        return itertools.chain(filter(None, [first]), pictures)
 
 
 class Camera:
@@ -928,6 +1063,7 @@ def draw_faces(
 ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
 MPEG_RANGE = 1  # FFmpeg's number for 16-235 as black to white
 COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
+AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by the number of channels
 NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
 NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose picture is kept to choose from
 PICTURE_SIZE = 64  # pixels, of a face beside its timeline
@@ -1136,40 +1272,77 @@ class Summary:
         figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
 
 
-def add_sound(path: Path, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
-    """Add a video's sound to a still empty `output`; return the packets from `start` on, s.
+def fits_mp4(source: av.AudioStream) -> bool:
+    """Return whether a stream can be copied to MP4, which takes no MP3 below 16 kHz and nothing unknown."""
+    av = load_av()
+    try:
+        output = av.open(io.BytesIO(), "w", format="mp4")
+        output.add_stream_from_template(source)
+        output.start_encoding()
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
 
-    They are copied as they are where browsers can play them, else made AAC. A damaged rest is left out.
+
+def read_sound(video: Video, output: av.container.OutputContainer, start: Fraction) -> Iterator[av.Packet]:
+    """Read a video's sound from `start` on, s by its file's clock, for a still empty `output`.
+
+    Packets are copied where browsers can play them from MP4, else made AAC; with the first, the output gets
+    their stream. Sound that cannot be read is left out, and stands in `video.lost`.
     """
     av = load_av()
-    container = av.open(str(path), metadata_errors="ignore")
-    source = container.streams.best("audio")
-    if source is None:
-        return iter(())
-    is_copied = source.codec_context.codec.canonical_name in COPIED_SOUND
-    if is_copied:
-        target = output.add_stream_from_template(source)
-    else:
-        codec = source.codec_context
-        target = output.add_stream("aac", rate=codec.sample_rate, layout=codec.layout)
-
-    def packets() -> Iterator[av.Packet]:
-        if start:
-            container.seek(round(start * av.time_base))
-        with suppress(av.error.FFmpegError):
-            for part in container.demux(source) if is_copied else container.decode(source):
-                if part.pts is None or part.pts * part.time_base < start:
+    with open_video(video.path) as container:
+        best = container.streams.best("audio", related=container.streams.best("video"))
+        source = best or next(iter(container.streams.audio), None)  # what cannot be decoded is never the best
+        if source is None:
+            return
+        if video.start:
+            with suppress(av.error.FFmpegError):
+                container.seek(round((start - 2) * av.time_base))  # 2 s: sound may stand before its picture
+        codec, last = source.codec_context, -math.inf
+        is_copied = codec and codec.codec.canonical_name in COPIED_SOUND and fits_mp4(source)
+        packets = demux(container, source, video.shifts)
+        try:
+            target = output.add_stream_from_template(source) if is_copied else None
+            for packet in packets if is_copied else encode_sound(packets, source, output):
+                if packet.pts is None:
                     continue
-                part.pts -= round(start / part.time_base)
-                if is_copied:
-                    part.dts, part.stream = part.pts, target
-                    yield part
-                else:
-                    yield from target.encode(part)
-        if not is_copied:
-            yield from target.encode(None)
+                packet.pts -= round(start / packet.time_base)
+                if packet.pts > last and packet.pts + (packet.duration or 0) >= 0:
+                    packet.dts, packet.stream, last = packet.pts, target or packet.stream, packet.pts
+                    yield packet
+        except (av.error.FFmpegError, ValueError) as error:
+            video.lost.append(f"sound was left out: {getattr(error, 'strerror', None) or error}")
 
-    return packets()
+
+def encode_sound(
+    packets: Iterator[av.Packet], source: av.AudioStream, output: av.container.OutputContainer
+) -> Iterator[av.Packet]:
+    """Encode sound, whose format may change on the way, as AAC.
+
+    Raises:
+        ValueError: none of it can be decoded.
+    """
+    av = load_av()
+    target, made, is_damaged = None, None, False
+    for frame in decode(packets, source):
+        if frame is None:
+            is_damaged = True
+            continue
+        if target is None:
+            rate = min(av.Codec("aac", "w").audio_rates, key=lambda rate: abs(rate - frame.sample_rate))
+            layout = AAC_LAYOUTS[min(frame.layout.nb_channels, len(AAC_LAYOUTS)) - 1]
+        if made != (made := (frame.format.name, frame.layout.name, frame.sample_rate)):
+            resampler = av.AudioResampler("fltp", layout, rate)
+        parts = resampler.resample(frame)
+        target = target or output.add_stream("aac", rate=rate, layout=layout)
+        for part in parts:
+            yield from target.encode(part)
+    if target is not None:
+        for part in [*resampler.resample(None), None]:
+            yield from target.encode(part)
+    elif is_damaged:
+        raise ValueError("none of it can be decoded")
 
 
 class VideoWriter:
@@ -1181,7 +1354,7 @@ class VideoWriter:
         H.264 for browsers has even sides only: an odd one grows by a copy of its last row or column.
         """
         self._start, self._time_base, self._colors = first.time, video.time_base, video.colors
-        self._output = load_av().open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        self._output = load_av().open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
         self._output.metadata["comment"] = MARK
         self._stream = self._output.add_stream("libx264", rate=video.rate, options=ENCODER_OPTIONS)
         self._odd = [(0, side % 2) for side in first.image.size[::-1]]
@@ -1192,7 +1365,8 @@ class VideoWriter:
         codec.colorspace, codec.color_primaries, codec.color_trc = video.colors
         if video.sample_aspect_ratio:
             codec.sample_aspect_ratio = video.sample_aspect_ratio
-        self._sound = add_sound(video.path, self._output, first.time) if video.path else iter(())
+        has_sound = video.path is not None
+        self._sound = read_sound(video, self._output, video.origin + first.time) if has_sound else iter(())
         self._packet = next(self._sound, None)
 
     def write(self, frame: Frame, image: Image.Image) -> None:
@@ -1208,7 +1382,8 @@ class VideoWriter:
         self._output.mux(self._stream.encode(picture))
         end = frame.time + frame.duration - self._start
         while self._packet is not None and self._packet.pts * self._packet.time_base < end:
-            self._output.mux(self._packet)
+            with suppress(av.error.InvalidDataError):  # a damaged one
+                self._output.mux(self._packet)
             self._packet = next(self._sound, None)
 
     def close(self) -> None:
@@ -1267,6 +1442,19 @@ def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
     return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
 
 
+@contextmanager
+def writing_outputs(name: str) -> Iterator[None]:
+    """Have errors name the input whose outputs are being written, not whichever of these was opened last."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, load_av().error.FFmpegError) as error:
+        if error.errno is None:  # it has its message
+            raise
+        raise OSError(f"cannot write the outputs of {name}: {error.strerror}") from None
+
+
 def label_video(
     video: Video | Camera,
     outputs: dict[str, Path],
@@ -1293,6 +1481,7 @@ def label_video(
     summary, drawn, writer = Summary(kit.classifier.classes, list(kit.colors)), {}, None
     with ExitStack() as stack:
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
+        stack.enter_context(writing_outputs(video.name))
         file = parts.get("faces", Path(os.devnull)).open("w", newline="", encoding="utf-8")
         table = csv.writer(stack.enter_context(file))
         table.writerow(["frame", "time", "track", *shared.face_columns(kit.classifier.classes)])

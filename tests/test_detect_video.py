@@ -3,12 +3,15 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from conftest import file_size_limit
 from PIL import Image, ImageDraw
 
 import detect_emotions
@@ -74,12 +78,13 @@ def write_video(
     pix_fmt="yuv420p",
     time_base=Fraction(1, RATE),
     times=None,
-    rotation=0,
     sound=None,
+    aspect=None,
+    container=None,
     options=None,
 ):
     """Write images as a video, by default one each tick of `time_base`, and a tone as its sound."""
-    with av.open(str(path), "w", options=options or {}) as output:
+    with av.open(str(path), "w", format=container, options=options or {}) as output:
         stream = output.add_stream(codec, rate=RATE)
         stream.pix_fmt, stream.codec_context.time_base = pix_fmt, time_base
         tone = output.add_stream(sound, rate=44100, layout="mono") if sound else None
@@ -87,8 +92,7 @@ def write_video(
         for i, image in enumerate(images):
             if not i:
                 stream.width, stream.height = image.size
-                if rotation:
-                    stream.set_display_rotation(rotation)
+                stream.codec_context.sample_aspect_ratio = aspect or 0
             frame = av.VideoFrame.from_image(image)
             frame.pts, frame.time_base = times[i] if times else i, time_base
             output.mux(stream.encode(frame))
@@ -214,18 +218,37 @@ def test_variable_frame_rate_is_kept(run, moving, tmp_path):
     assert [float(row["time"]) for row in rows] == [value / 1000 for value in times]
 
 
-@pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_rotated_video_becomes_upright(run, moving, tmp_path, rotation):
-    upright = list(moving(3))
-    stored = [image.rotate(-rotation, expand=True) for image in upright]
-    clip = write_video(tmp_path / "clip.mp4", stored, rotation=rotation)
+TURNS = {  # by the display matrix: where it takes the x axis and the y axis
+    (1, 0, 0, 1): None,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+
+
+@pytest.mark.parametrize("matrix", TURNS)
+def test_turned_or_mirrored_video_becomes_upright_with_its_pixel_aspect(run, moving, tmp_path, matrix):
+    stored = list(moving(3))
+    clip = write_video(tmp_path / "clip.mp4", stored, aspect=Fraction(4, 3))
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"tkhd") + 44  # in ISO/IEC 14496-12; rows of three numbers, the last for a shift
+    for i, value in zip((0, 4, 12, 16), matrix, strict=True):
+        data[start + i : start + i + 4] = struct.pack(">i", value << 16)
+    clip.write_bytes(data)
     assert run(clip)[0] == 0
     after, _, _ = read_video(tmp_path / "clip_emotions.mp4")
+    upright = stored[0] if TURNS[matrix] is None else stored[0].transpose(TURNS[matrix])
+    assert np.median(np.abs(after[0].astype(int) - np.asarray(upright))) < 4
     with av.open(str(tmp_path / "clip_emotions.mp4")) as container:
         assert next(container.decode(video=0)).rotation == 0
-    assert after[0].shape == (SIZE[1], SIZE[0], 3)
-    assert np.median(np.abs(after[0].astype(int) - np.asarray(upright[0]))) < 4
-    assert len(read_table(tmp_path / "clip_emotions.csv")) == 3
+        is_on_its_side = matrix[0] == 0
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3) ** (
+            -1 if is_on_its_side else 1
+        )
 
 
 def test_odd_sides_grow_by_one_pixel(run, moving, tmp_path):
@@ -297,7 +320,328 @@ def test_video_without_a_face_is_a_result(run, tmp_path):
     assert len(read_video(tmp_path / "clip_emotions.mp4")[0]) == 5
 
 
+# --- sound in step with the picture ---
+
+
+def write_beeps(
+    path, starts=(0, 0), *, codec="libx264", sound="aac", rate=48000, layout="mono", keyframes=RATE
+):
+    """Write 3 s of picture and of sound from their `starts` on, s; each full second a flash and a beep."""
+    with av.open(str(path), "w") as output:
+        options = {"g": str(keyframes), "sc_threshold": "0"}  # no others where the picture changes
+        picture = output.add_stream(codec, rate=RATE, options=options)
+        picture.width, picture.height, picture.pix_fmt = 160, 120, "yuv420p"
+        tone = output.add_stream(sound, rate=rate, layout=layout)
+        first, num_samples = round(starts[0] * RATE), 1024
+        for i in range(first, first + 3 * RATE):
+            color = "white" if i % RATE < 3 else "black"
+            frame = av.VideoFrame.from_image(Image.new("RGB", (160, 120), color))
+            frame.pts, frame.time_base = i, Fraction(1, RATE)
+            output.mux(picture.encode(frame))
+        output.mux(picture.encode(None))
+        begin = round(starts[1] * rate)
+        for start in range(begin, begin + 3 * rate, num_samples):
+            seconds = np.arange(start, start + num_samples) / rate
+            is_loud = (seconds % 1 < 0.1) & (seconds < starts[1] + 3)
+            wave = (np.sin(2 * np.pi * 1000 * seconds) * is_loud).astype(np.float32)
+            channels = 1 if layout == "mono" else 2
+            frame = av.AudioFrame.from_ndarray(np.tile(wave, (channels, 1)), "fltp", layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+            output.mux(tone.encode(frame))
+        output.mux(tone.encode(None))
+    return path
+
+
+@pytest.fixture
+def label(run):
+    """Label a video without a face; return the exit code and what there is on stderr beside that."""
+
+    def label(path, *options):
+        code, out, err = run(path, *options)
+        assert out == ""
+        return code, err.removeprefix(f"{path}: no face found\n")
+
+    return label
+
+
+def flashes_and_beeps(path):
+    """Return the times at which a video's flashes and beeps begin, s, from its time stamps and samples."""
+    with av.open(str(path)) as container:
+        lights = [
+            (frame.time, frame.to_ndarray(format="gray").mean() > 128) for frame in container.decode(video=0)
+        ]
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+    loud = [
+        frame.time + np.flatnonzero(np.abs(samples) > 0.3) / frame.sample_rate
+        for frame in frames
+        for samples in [
+            frame.to_ndarray().ravel()[:: 1 if frame.format.is_planar else frame.layout.nb_channels]
+        ]
+    ]
+    return tuple(
+        [float(after) for before, after in itertools.pairwise([-1, *times]) if after - before > 0.5]
+        for times in ([time for time, is_light in lights if is_light], np.concatenate(loud))
+    )
+
+
+CONTAINERS = {
+    ".ts": ("libx264", "aac"),
+    ".mpg": ("mpeg2video", "mp2"),
+    ".mov": ("libx264", "pcm_s16le"),
+    ".mkv": ("libx264", "libopus"),
+}
+
+
+@pytest.mark.parametrize("starts", [(1, 1), (1.52, 0), (0, 1.52)])
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_sound_keeps_its_distance_to_the_picture(label, tmp_path, suffix, starts):
+    codec, sound = CONTAINERS[suffix]
+    clip = write_beeps(tmp_path / f"clip{suffix}", starts, codec=codec, sound=sound)
+    assert label(clip) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    first, end = starts[0], starts[0] + 3
+    seconds = range(math.ceil(first), math.ceil(end))
+    assert flashes == pytest.approx([second - first for second in seconds], abs=0.01)
+    audible = [second - first for second in seconds if starts[1] <= second < starts[1] + 3]
+    assert [beep for beep in beeps if beep < 2.97] == pytest.approx(audible, abs=0.03)
+
+
+def test_cut_sound_keeps_its_distance_to_the_picture(label, tmp_path):
+    for codec, clip in (("aac", tmp_path / "clip.ts"), ("ac3", tmp_path / "clip.vob")):
+        write_beeps(clip, (1, 1), codec="mpeg2video", sound=codec)
+        assert label(clip, "--start", 0.5, "--end", 2.5) == (0, "")
+        flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+        assert flashes == pytest.approx([0.48, 1.48], abs=0.03)
+        assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "sound", "rate"),
+    [
+        (".avi", "pcm_s16le", 11_024),
+        (".mkv", "pcm_s16le", 11_127),
+        (".mkv", "flac", 192_000),
+        (".mkv", "pcm_s16le", 192_000),
+        (".mkv", "mp3", 8_000),
+    ],
+)
+def test_sound_of_any_rate_is_kept(label, tmp_path, suffix, sound, rate):
+    clip = write_beeps(tmp_path / f"clip{suffix}", codec="mpeg4", sound=sound, rate=rate)
+    assert label(clip) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1, 2], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_sound_whose_format_changes_is_kept(label, tmp_path):
+    parts = [
+        write_beeps(tmp_path / "a.ts", (0, 0), codec="mpeg2video", sound="mp2", rate=44100),
+        write_beeps(tmp_path / "b.ts", (3.4, 3.4), codec="mpeg2video", sound="mp2", layout="stereo"),
+    ]
+    clip = tmp_path / "clip.ts"
+    clip.write_bytes(b"".join(part.read_bytes() for part in parts))
+    label(clip)
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1, 2, 4, 5, 6], abs=0.05)  # muxers shift each part by up to a frame
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_sound_that_cannot_be_decoded_is_left_out_with_a_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"strf", data.index(b"auds")) + 8
+    data[start : start + 2] = b"\x99\x99"  # no codec has this number
+    clip.write_bytes(data)
+    message = "sound was left out: none of it can be decoded; the rest is labelled"
+    assert label(clip) == (1, f"error: {clip}: {message}\n")
+    assert read_video(tmp_path / "clip_emotions.mp4")[2] == ["h264"]
+
+
+def test_damaged_sound_does_not_stop_the_picture(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data, rng = np.frombuffer(clip.read_bytes(), np.uint8).copy(), np.random.default_rng(0)
+    places = rng.integers(188 * 10, len(data), 200)
+    places = places[places % 188 >= 4]  # the packets' headers stay
+    data[places] = rng.integers(0, 256, len(places))
+    clip.write_bytes(data.tobytes())
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    images, _, codecs = read_video(tmp_path / "clip_emotions.mp4")
+    assert len(images) > 60
+    assert codecs == ["h264", "aac"]
+
+
 # --- what goes wrong ---
+
+
+def test_late_first_keyframe_is_one_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data = clip.read_bytes()
+    clip.write_bytes(data[188 * (len(data) // 188 // 5) :])
+    code, err = label(clip)
+    assert code == 1
+    assert re.fullmatch(
+        rf"error: {clip}: what comes before 0\.\d s cannot be read; the rest is labelled\n", err
+    )
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0, 1], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_start_between_keyframes_loses_nothing(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", keyframes=250)
+    assert label(clip, "--start", 0.5) == (0, "")
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx([0.48, 1.48], abs=0.01)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_gap_is_one_line_and_leaves_all_in_step(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data, packets = clip.read_bytes(), clip.stat().st_size // 188
+    clip.write_bytes(data[: 188 * (packets * 4 // 10)] + data[188 * (packets * 6 // 10) :])
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert re.search(r"0\.\d s in between are missing; the rest is labelled", err)
+    before, after = flashes_and_beeps(clip), flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    for times, times_after in zip(before, after, strict=True):
+        assert times_after == pytest.approx([time - before[0][0] for time in times], abs=0.01)
+
+
+def test_videos_joined_end_to_end_go_on(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", codec="mpeg2video", sound="mp2")
+    clip.write_bytes(clip.read_bytes() * 2)
+    label(clip)
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    assert flashes == pytest.approx(range(6), abs=0.05)
+    assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+def test_damaged_time_is_that_of_one_picture_only(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts", codec="mpeg2video", sound="mp2")
+    data = bytearray(clip.read_bytes())
+    start = data.index(b"\0\0\1\xe0", len(data) // 2)  # of a picture, see ISO/IEC 13818-1
+    data[start + 10] ^= 4  # of its time: 1.5 hours
+    clip.write_bytes(data)
+    assert label(clip)[0] == 0
+    _, times, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert times == pytest.approx([i / RATE for i in range(75)], abs=0.001)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["3.0 seconds", "-0:00:03.000000000", "00:10:03.000000000", "00:00:01.000000000", "99999999999:00:00"],
+)
+def test_duration_tag_is_only_a_hint(label, tmp_path, tag):
+    clip = write_beeps(tmp_path / "clip.mkv", (0.52, 0))
+    data = clip.read_bytes()
+    assert data.count(b"00:00:03.520000000") == 1
+    clip.write_bytes(data.replace(b"00:00:03.520000000", tag.encode().ljust(18, b"\0")))
+    assert label(clip) == (0, "")
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".avi"])
+def test_lost_end_is_one_line(label, tmp_path, suffix):
+    clip = write_beeps(tmp_path / f"clip{suffix}", codec="mpeg4", sound="pcm_s16le")
+    clip.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    code, err = label(clip)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert " of 3.0 s, or its header is wrong; the rest is labelled" in err
+
+
+@pytest.mark.parametrize(("size", "codec"), [((100_000, 2), "ffv1"), ((6400, 6400), "mjpeg")])
+def test_frames_that_are_too_large_are_one_line(label, tmp_path, size, codec):
+    pix_fmt = "bgr0" if codec == "ffv1" else "yuvj420p"
+    clip = write_video(tmp_path / "clip.mkv", [Image.new("RGB", size)], codec=codec, pix_fmt=pix_fmt)
+    message = f"has frames of {size[0]}x{size[1]} pixels, which is too large; scale it down first"
+    assert label(clip) == (1, f"error: {clip} {message}\n")
+
+
+@pytest.mark.slow
+def test_pictures_of_100_000_frames_take_little_memory(start, tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    count, side = 100_000, 64
+    gif = b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + bytes(6)
+    gif += (b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2D\1\0") * count + b";"
+    png = bytearray(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)))
+    png += chunk(b"acTL", struct.pack(">II", count, 0))
+    pixels = zlib.compress(bytes((side + 1) * side))
+    for i in range(count):
+        png += chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(0, 2 * i - 1), side, side, 0, 0, 1, 25, 0, 0))
+        png += chunk(b"fdAT", struct.pack(">I", 2 * i) + pixels) if i else chunk(b"IDAT", pixels)
+    (tmp_path / "a.gif").write_bytes(gif)
+    (tmp_path / "b.png").write_bytes(png + chunk(b"IEND", b""))
+    measured = "import resource, detect_emotions as d; d.main({}); print(resource.getrusage(0).ru_maxrss)"
+    process = start("-c", measured.format([str(tmp_path), "--json"]))
+    *records, peak = process.communicate()[0].splitlines()
+    assert len(records) == 2
+    assert int(peak) < 1_500_000  # KiB on Linux
+
+
+PLAYLISTS = {
+    "HLS": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n",
+    "concat": "ffconcat version 1.0\nfile '{}'\n",
+    "SDP": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {} RTP/AVP 96\n",
+    "DASH": "<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{}</BaseURL></MPD>",
+    "redirection": "[Reference]\nRef1={}\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_file_that_points_elsewhere_is_not_followed(label, tmp_path, kind):
+    other = write_beeps(tmp_path / "other.ts")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        for target in (other, f"http://127.0.0.1:{server.getsockname()[1]}/clip.ts"):
+            clip = tmp_path / "clip.mp4"
+            clip.write_text(PLAYLISTS[kind].format(target))
+            code, err = label(clip)
+            assert (code, len(err.splitlines())) == (1, 1)
+            assert err.startswith(f"error: {clip} is not a video that can be read: ")
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert not list(tmp_path.glob("*_emotions*"))
+
+
+@pytest.mark.parametrize(
+    "name", ["concat:other.ts|other.ts", "pipe:0", "file:other.ts", "http:other.ts", "a:b.mp4"]
+)
+def test_name_with_a_colon_is_that_of_a_file(label, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_beeps(tmp_path / "other.ts")
+    code, err = label(name)
+    assert code == 1
+    assert "No such file" in err
+    Path("other.ts").rename(name)
+    assert label(name) == (0, "")
+
+
+def test_picture_that_cannot_be_decoded_is_one_line(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
+    clip.write_bytes(clip.read_bytes().replace(b"FMP4", b"ZZZ9"))
+    message = "has a picture of a kind that FFmpeg cannot decode; convert it"
+    assert label(clip) == (1, f"error: {clip} {message}\n")
+
+
+def test_address_names_the_remedy(run):
+    message = "is an address; name a file, or label a stream with --camera ADDRESS"
+    assert run("http://127.0.0.1:9/clip.mp4") == (1, "", f"error: http://127.0.0.1:9/clip.mp4 {message}")
+
+
+def test_output_that_cannot_be_written_is_one_cause_and_one_path(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.mp4")
+    (tmp_path / OUTPUTS[3]).mkdir()
+    code, err = label(clip)
+    assert (code, err.rstrip()) == (1, f"error: cannot write {tmp_path / OUTPUTS[3]}: Is a directory")
+    (tmp_path / OUTPUTS[3]).rmdir()
+    assert label(clip) == (0, "")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with file_size_limit(1000):
+        assert label(clip) == (1, f"error: cannot write the outputs of {clip}: File too large\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
@@ -401,6 +745,35 @@ def test_recursive_looks_into_subfolders_and_returns_them(run, album, tmp_path):
     assert run(album, "--recursive", "--out-dir", tmp_path / "out")[0] == 0
     out = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert out == {"photo_emotions.png", "deeper/photo_emotions.png", *OUTPUTS}
+
+
+VIDEO_KINDS = {
+    ".vob": ("vob", "mpeg2video"),
+    ".mxf": ("mxf", "mpeg2video"),
+    ".f4v": ("f4v", "libx264"),
+    ".3g2": ("3g2", "libx264"),
+    ".m2v": ("mpeg2video", "mpeg2video"),
+    ".qt": ("mov", "libx264"),
+    ".jpg": ("mp4", "libx264"),
+    ".png": ("avi", "mpeg4"),
+}
+
+
+@pytest.mark.parametrize("suffix", VIDEO_KINDS)
+def test_video_is_one_whatever_its_suffix(run, moving, tmp_path, suffix):
+    container, codec = VIDEO_KINDS[suffix]
+    clip = write_video(tmp_path / f"clip{suffix}", moving(5), codec=codec, container=container)
+    for source in (tmp_path, clip):
+        code, out, err = run(source, "--overwrite")
+        assert (code, err) == (0, "")
+        assert out.startswith(f"{clip}\t1 track, 0.2 s\t")
+    assert {path.name for path in tmp_path.iterdir()} == {clip.name, *OUTPUTS}
+
+
+def test_photo_is_one_whatever_its_suffix(run, astronaut, tmp_path):
+    astronaut.save(tmp_path / "photo.mp4", "PNG")
+    assert run(tmp_path)[::2] == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.mp4", "photo_emotions.png"}
 
 
 def test_patterns_find_files_where_the_shell_does_not(album):
