@@ -342,6 +342,11 @@ def read_table(
     return rows
 
 
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
 # --- pictures ---
 
 # Pillow's other plugins are not asked: some start programs (EPS) or read further files.
@@ -835,24 +840,25 @@ def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], 
     Returns:
         The levels' scales, descending, and the levels, each uint8 (N, H, W, 3).
     """
-    import torch
-    import torch.nn.functional as F
-
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    height, width = pixels.shape[2:]
-    scales, levels = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)], []
+    width, height = images[0].size
+    scales = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)]
     while min(height, width) * scale >= PNET_WINDOW:
         scales.append(scale)
         scale *= MTCNN_FACTOR
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # others would spin when they are done, on the cores that PNet then wants
-    for i, scale in enumerate(scales):
-        size = (int(height * scale + 1), int(width * scale + 1)) if scale < 1 else (height, width)
-        source = levels[max(i - 2, 0)] if i else pixels  # about twice as large
-        is_same = source.shape[2:] == size
-        levels.append(source if is_same else F.interpolate(source, size, mode="bilinear", antialias=True))
-    torch.set_num_threads(threads)
-    return scales, [level.permute(0, 2, 3, 1).numpy() for level in levels]
+
+    def shrink(chain: tuple[Image.Image, int]) -> list[np.ndarray]:
+        """Make every second level of an image, each from the one before it, which is about twice as large."""
+        image, first = chain
+        levels = []
+        for scale in scales[first::2]:
+            size = (int(width * scale + 1), int(height * scale + 1)) if scale < 1 else (width, height)
+            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+            levels.append(np.asarray(image))
+        return levels
+
+    chains = list(_threads().map(shrink, [(image, first) for image in images for first in (0, 1)]))
+    even, odd = (list(map(np.stack, zip(*chains[first::2], strict=True))) for first in (0, 1))
+    return scales, [(odd if i % 2 else even)[i // 2] for i in range(len(scales))]
 
 
 def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1065,11 +1071,6 @@ def train_mode(net: nn.Module) -> None:
 
 MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
 MAX_NAMED = 5  # files of a kind that a message names; the others are counted
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
 
 
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
