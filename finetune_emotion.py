@@ -15,7 +15,10 @@ those that training began with, and further if too much is forgotten all the sam
 "Robust fine-tuning of zero-shot models", arXiv:2109.01903). Photos that stand in the val or test of --mix,
 which may have come from a search too, are not learned from.
 
-The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well.
+The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well. Without
+it, classes that --init has not learned get a head that is fitted to its embeddings before the rest learns, so
+that a few photos and steps are enough (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and
+Underperform Out-of-Distribution", arXiv:2202.10054).
 
 Usage:
     python finetune_emotion.py
@@ -312,6 +315,46 @@ def load_labelled(
     )
 
 
+# --- a head for classes that are new ---
+
+
+def embed(net: nn.Module, faces: shared.FaceBatches) -> tuple[Tensor, Tensor]:
+    """Return what the head gets to see of faces, (N, D), and their labels (N,)."""
+    import torch
+
+    head, net.fc = net.fc, torch.nn.Identity()
+    embeddings, labels = shared.evaluate(net, faces.eval())
+    net.fc = head
+    return embeddings.clone(), labels  # out of inference mode
+
+
+def fit_head(embeddings: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
+    """Return a linear head that has learned from embeddings (N, D) and labels (N,), by L-BFGS."""
+    import torch
+    import torch.nn.functional as F
+
+    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
+    embeddings = (embeddings - mean) / std
+    head = torch.nn.Linear(embeddings.shape[1], num_classes)
+    torch.nn.init.zeros_(head.weight)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        head.zero_grad()
+        value = F.cross_entropy(head(embeddings), labels) + HEAD_DECAY * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():  # it is to take embeddings as they are
+        head.weight /= std
+        head.bias -= head.weight @ mean
+    return head
+
+
+# --- from faces to batches ---
+
+
 class Rehearsed:
     """Photos' faces with others beside them in every batch: what `model.fit` asks of its data.
 
@@ -437,28 +480,15 @@ def judged_sets(
 def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_classes: int) -> Tensor:
     """Return the probabilities (N, C) that a linear head gives to faces that it did not learn from.
 
-    It learns from embeddings (N, D) of FOLDS - 1 folds, by L-BFGS; a group stays in one fold.
+    It learns from embeddings (N, D) of FOLDS - 1 folds; a group stays in one fold.
     """
     import torch
-    import torch.nn.functional as F
 
-    embeddings = (embeddings - embeddings.mean(0)) / embeddings.std(0).clamp(min=1e-6)
     folds = groups % FOLDS
     probs = torch.zeros(len(labels), num_classes)
     for fold in range(FOLDS):
         rest = folds != fold
-        head = torch.nn.Linear(embeddings.shape[1], num_classes)
-        torch.nn.init.zeros_(head.weight)
-        optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-        def loss(head: nn.Linear = head, rest: Tensor = rest) -> Tensor:
-            head.zero_grad()
-            decay = HEAD_DECAY * head.weight.square().sum()
-            value = F.cross_entropy(head(embeddings[rest]), labels[rest]) + decay
-            value.backward()
-            return value
-
-        optimizer.step(loss)
+        head = fit_head(embeddings[rest], labels[rest], num_classes)
         with torch.no_grad():
             probs[~rest] = head(embeddings[~rest]).softmax(1)
     return probs
@@ -473,12 +503,10 @@ def second_opinion(
     """
     import torch
 
-    head, net.fc = net.fc, torch.nn.Identity()
-    embeddings, labels = shared.evaluate(net, faces.eval())
-    net.fc = head
+    embeddings, labels = embed(net, faces)
     with torch.inference_mode():
-        logits = head(embeddings.to(faces.device)).cpu()
-    learned = cross_validate(embeddings.clone(), labels, groups, logits.shape[1])
+        logits = net.fc(embeddings.to(faces.device)).cpu()
+    learned = cross_validate(embeddings, labels, groups, logits.shape[1])
     if not set(labels.tolist()) <= set(known):
         return learned
     return ((logits / temperature).softmax(1) + learned) / 2
@@ -839,22 +867,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     if args.evaluate:
-        evaluate_photos(
-            args.data_dir,
-            shared.Classifier(args.evaluate, device, ["all"]),
-            None if args.cropped else shared.FaceFinder(device),
-            largest_face=args.largest_face,
-            limit=args.limit,
-            out_dir=args.out_dir,
-            csv_path=args.csv,
-        )
+        classifier = shared.Classifier(args.evaluate, device, ["all"])
+        finder = None if args.cropped else shared.FaceFinder(device)
+        taken = {"largest_face": args.largest_face, "limit": args.limit}
+        evaluate_photos(args.data_dir, classifier, finder, **taken, out_dir=args.out_dir, csv_path=args.csv)
         return
+    found = shared.check_sources([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
     with shared.only_run_in(args.out_dir, faces_dir):
         parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
         sources = find_sources(args.mix)
-        found = shared.find_classes(args.data_dir)
         learned = sorted({*found, *(parent["classes"] if sources else ())})
+        shared.check_classes(learned)
         corrections_path = args.corrections or args.data_dir / "corrections.csv"
         has_corrections = args.corrections or corrections_path.exists()
         corrections = read_corrections(corrections_path, learned) if has_corrections else {}
@@ -881,11 +905,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
         mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
+        if not sources and not set(found) <= set(parent["classes"]):
+            net.fc = fit_head(*embed(net, train), len(found)).to(device)
+        shared.freeze_except(net, args.unfreeze)
         sets = judged_sets(faces, rehearsed, batches)
         sizes |= {
             f"{name} val": shared.count_labels(own.labels, learned) for name, own in sets["val"].items()
         }
-        shared.freeze_except(net, args.unfreeze)
         run = shared.Run(
             args.out_dir,
             stage="emotion",

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,12 +54,14 @@ class Split(NamedTuple):
     votes: Tensor  # (N, C) float32, how many of FER+'s ten voters saw which class; all 0 if not known
 
 
-def pick_classes(learned: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """List the learned emotions that are wanted, sorted.
+def pick_classes(learned: Sequence[str], wanted: Sequence[str] | None) -> Sequence[str]:
+    """List the learned emotions that are wanted, sorted; None: the usual ones, or all if one is not there.
 
     Raises:
         ValueError: there are fewer than two.
     """
+    if wanted is None:
+        return shared.EMOTIONS if set(shared.EMOTIONS) <= set(learned) else learned
     kept = sorted(set(learned) & set(wanted))
     if len(kept) < 2:
         raise ValueError(
@@ -96,17 +99,17 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
 
 
 def load_split(
-    folder: Path, split: str, classes: Sequence[str], *, limit: int | None, size: int | None = None
+    folder: Path, split: str, classes: Sequence[str], *, limit: int | None, **sizes: int | None
 ) -> Split:
     """Read a split of a source, and FER+'s votes if its folder has them.
 
     Args:
-        size: side of the images, pixels (default: that of the first one).
+        sizes: see `model.load_images`.
 
     Raises:
         ValueError: it has no images, or votes.csv does not fit.
     """
-    images, labels, paths = shared.load_faces(folder, split, classes, limit=limit, size=size)
+    images, labels, paths = shared.load_faces(folder, split, classes, limit=limit, **sizes)
     return Split(images, labels, load_votes(folder / "votes.csv", paths, classes))
 
 
@@ -227,7 +230,7 @@ def report_split(
     import torch
 
     classes = checkpoint["classes"]
-    faces = load_split(folder, split, classes, limit=limit)
+    faces = load_split(folder, split, classes, limit=limit, max_size=checkpoint["image_size"])
     side = faces.images.shape[-1]
     others = [
         load_split(folder, other, shared.find_classes(folder), limit=None, size=side).images
@@ -267,11 +270,22 @@ def report_split(
 def report_sources(
     sources: dict[str, shared.Source], out_dir: Path | None, checkpoint: dict, split: str, **options: object
 ) -> None:
-    """Report on the same split of each source; the files and lines of all but the first have its name."""
-    for number, (name, source) in enumerate(sources.items()):
-        title = f"{split}_{name}" if number else split
-        if shared.list_split(source.folder, split, checkpoint["classes"]) or not number:
-            report_split(source.folder, out_dir, checkpoint, split, title=title, **options)
+    """Report on the same split of each source that has it; if none has a test, on val.
+
+    The files and lines of all sources but the first have its name.
+    """
+
+    def having(split: str) -> list[str]:
+        classes = checkpoint["classes"]
+        return [name for name, own in sources.items() if shared.list_split(own.folder, split, classes)]
+
+    names = having(split)
+    if not names and (names := having("val")):
+        print("there are no test faces: judged on val, which also picked the best epoch", file=sys.stderr)
+        split = "val"
+    for name in names or sources:
+        title = split if name == next(iter(sources)) else f"{split}_{name}"
+        report_split(sources[name].folder, out_dir, checkpoint, split, title=title, **options)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -289,8 +303,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         "other sources: DIR/<emotion>/* or DIR/{train,val,test}/<emotion>/*, drawn WEIGHT times as often"
     )
     add("--mix", nargs="+", default=[], metavar="DIR[=WEIGHT]", help=mix_help)
-    default_help = "what the model tells apart, of all that it learns, unless asked for more"
-    add("--emotions", nargs="+", default=shared.EMOTIONS, metavar="NAME", help=default_help)
+    usual = f"default: {' '.join(shared.EMOTIONS)}; if it does not learn all these, what it learns"
+    default_help = f"what the model tells apart, of all that it learns, unless asked for more ({usual})"
+    add("--emotions", nargs="+", metavar="NAME", help=default_help)
     add("--evaluate", type=Path, metavar="CHECKPOINT", help="do not train, report how good this one is")
     add("--split", choices=("val", "test"), default="test", help="what --evaluate looks at")
     vote_help = "share of a target that comes from FER+'s votes, if they were unpacked"
@@ -299,10 +314,11 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     add("--teachers", nargs="+", type=Path, metavar="CHECKPOINT", help=teachers_help)
     weight_help = "share of a target that comes from --teachers, if there are any"
     add("--teacher-weight", type=share, default=0.5, metavar="X", help=weight_help)
+    size_help = f"side of the input, pixels (default: that of --init, or {shared.IMAGE_SIZE} after stage 3)"
+    add("--image-size", **(shared.OPTIONS["image_size"] | {"help": size_help}))
     shared.add_options(  # as the shipped model was trained
         parser,
         unfreeze=list(shared.PARTS),
-        image_size=shared.IMAGE_SIZE,
         epochs=10,
         batch_size=64,
         lr=3e-4,
@@ -342,13 +358,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
+    learned = shared.check_sources(source.folder for source in sources.values())
+    default = pick_classes(learned, args.emotions)
     with shared.only_run_in(args.out_dir):
-        learned = sorted({name for source in sources.values() for name in shared.find_classes(source.folder)})
-        load = functools.partial(load_split, classes=learned, limit=args.limit)
+        parent = shared.load_checkpoint(args.init)
+        usual_size = shared.IMAGE_SIZE if parent["stage"] == "gray" else parent["image_size"]
+        args.image_size = args.image_size or usual_size
+        load = functools.partial(load_split, classes=learned, limit=args.limit, max_size=args.image_size)
         size = args.image_size if args.mix else None  # FER alone stays as small as it is
         train = {name: load(source.folder, "train", size=size) for name, source in sources.items()}
         val = {name: load(source.folder, "val") for name, source in sources.items()}
-        parent = shared.load_checkpoint(args.init)
         net = shared.load_network(parent, learned)
         if args.mix:
             shared.add_heads(net, len(sources))
@@ -359,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stage="fer",
             arch=parent["arch"],
             classes=learned,
-            default_classes=pick_classes(learned, args.emotions),
+            default_classes=default,
             image_size=args.image_size,
             crop_margin=shared.CROP_MARGIN,
             config=shared.plain_config(vars(args)),

@@ -86,8 +86,6 @@ def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tenso
     """Split range(n) at random into train and val; both get at least one."""
     import torch
 
-    if n < 2:
-        raise ValueError(f"found {n} image, expected at least 2: one to learn from, one to judge by")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     num_val = min(max(round(n * val_fraction), 1), n - 1)
     return order[num_val:], order[:num_val]
@@ -193,9 +191,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
+    paths = shared.list_images(args.data_dir, args.limit)
+    shared.check_pictures(args.data_dir, paths)
     with shared.only_run_in(args.out_dir):
         teacher = load_teacher(args.arch, args.teacher_weights)
-        images, _ = shared.load_images(shared.list_images(args.data_dir, args.limit), "RGB", args.image_size)
+        images, _ = shared.load_images(paths, "RGB", args.image_size)
         train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
         student = build_student(args.arch, teacher, args.stem_init).to(
             device, memory_format=torch.channels_last

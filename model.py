@@ -27,6 +27,7 @@ import copy
 import csv
 import ctypes
 import errno
+import filecmp
 import functools
 import hashlib
 import importlib.util
@@ -1071,6 +1072,7 @@ def train_mode(net: nn.Module) -> None:
 
 MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
 MAX_NAMED = 5  # files of a kind that a message names; the others are counted
+NUM_SAMPLED = 20  # images whose size is looked at
 
 
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
@@ -1087,7 +1089,7 @@ def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
         if path.suffix.lower() in picture_suffixes() and not path.name.startswith("._") and path.is_file()
     )
     if not paths:
-        raise ValueError(f"no images in {folder}; it is made by an earlier stage, see the README")
+        raise ValueError(f"no images in {folder}; put some there, or make them by an earlier stage")
     return spread(paths, limit)
 
 
@@ -1098,11 +1100,22 @@ def spread(items: Sequence[Path], limit: int | None) -> Sequence[Path]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tuple[Tensor, list[Path]]:
+def check_pictures(folder: Path, paths: Sequence[Path]) -> None:
+    """Raise ValueError unless a folder's images are two different ones at least."""
+    if len(paths) < 2:
+        raise ValueError(f"{folder} has 1 image, expected 2 or more: one to learn from, one to judge by")
+    if all(filecmp.cmp(paths[0], path, shallow=False) for path in paths[1:]):
+        raise ValueError(f"all {len(paths)} images in {folder} are one picture; add different ones")
+
+
+def load_images(
+    paths: Sequence[Path], mode: str, size: int | None = None, max_size: int = MAX_IMAGE_SIZE
+) -> tuple[Tensor, list[Path]]:
     """Read images into memory as one uint8 tensor (N, C, S, S); mode "L" has C = 1, "RGB" has 3.
 
-    Images are cut to their central square and resized to `size` pixels; without `size`, to the first one's
-    own. Several threads read. A few that are not readable are named on stderr and left out.
+    Images are cut to their central square and resized to `size` pixels; without `size`, to the largest side
+    of a sample of them, at most `max_size`. Several threads read. A few that are not readable are named on
+    stderr and left out.
 
     Returns:
         The images, and their N paths.
@@ -1114,20 +1127,22 @@ def load_images(paths: Sequence[Path], mode: str, size: int | None = None) -> tu
 
     def read(path: Path) -> np.ndarray | PictureError:
         try:
-            image = open_picture(path, mode, draft=size)
+            image = open_picture(path, mode, draft=target)
         except PictureError as error:
             return error
-        side, target = min(image.size), size or side_of_first
+        side = min(image.size)
         x, y = (image.width - side) // 2, (image.height - side) // 2
         if image.size != (target, target):  # enlarged as `normalize_faces` enlarges
             how = Image.Resampling.LANCZOS if side > target else Image.Resampling.BILINEAR
             image = image.resize((target, target), how, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    for path in paths if size is None else ():
+    target, sides = size, []
+    for path in () if size else spread(paths, NUM_SAMPLED):
         with contextlib.suppress(PictureError):
-            side_of_first = min(open_picture(path).size)
-            break
+            sides.append(min(open_picture(path).size))
+    if not size:
+        target = min(max(sides, default=max_size), max_size)
     bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
     results = list(bar)
     errors = [result for result in results if isinstance(result, PictureError)]
@@ -1182,10 +1197,28 @@ def find_classes(folder: Path) -> list[str]:
         ValueError: there are fewer than two.
     """
     root = folder / "train" if (folder / "train").is_dir() else folder
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    paths = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    classes = sorted(path.name for path in paths if not path.name.startswith("."))
     if len(classes) < 2:
         raise ValueError(f"{root} has {len(classes)} emotion folders, expected 2 or more, each with images")
     return classes
+
+
+def check_sources(folders: Iterable[Path]) -> list[str]:
+    """Return the classes that sources have together, sorted, once they look as if one could learn from them.
+
+    Raises:
+        ValueError: what `find_classes`, `check_classes` and `check_pictures` find wrong.
+    """
+    learned = set()
+    for folder in folders:
+        classes = find_classes(folder)
+        root = folder / "train" if (folder / "train").is_dir() else folder
+        for name in classes:
+            check_pictures(root / name, list_images(root / name))
+        learned.update(classes)
+    check_classes(sorted(learned))
+    return sorted(learned)
 
 
 def list_split(folder: Path, split: str, classes: Sequence[str], limit: int | None = None) -> dict[Path, int]:
@@ -1216,6 +1249,7 @@ def load_faces(
     *,
     limit: int | None = None,
     size: int | None = None,
+    max_size: int = MAX_IMAGE_SIZE,
 ) -> tuple[Tensor, Tensor, Sequence[Path]]:
     """Read a split's faces, see `list_split` and `load_images`.
 
@@ -1229,8 +1263,8 @@ def load_faces(
 
     faces = list_split(folder, split, classes, limit)
     if not faces:
-        raise ValueError(f"{folder} has no {split} faces of {' '.join(classes)}; see the README")
-    images, paths = load_images(list(faces), "L", size)
+        raise ValueError(f"{folder} has no {split} faces of {' '.join(classes)}; add some, see the README")
+    images, paths = load_images(list(faces), "L", size, max_size)
     return images, torch.tensor([faces[path] for path in paths]), paths
 
 
@@ -1471,6 +1505,7 @@ class FaceBatches:
 # --- judging ---
 
 FIGURES = ("loss", "acc", "mean_recall", "ece")  # of `judge`, the single numbers
+UNSURE_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least probabilities of a label that are reported
 ENOUGH = 200  # faces to fit a temperature to; a handful gave 0.055 or 20
 
 
@@ -1589,6 +1624,13 @@ def report(
         )
 
     print(f"{split}: {line(record)} (always the commonest class: accuracy {majority:.2%})")
+    confidence, predicted = (logits / temperature).softmax(1).max(1)
+    labelled = {level: (predicted == labels)[confidence >= level].float() for level in UNSURE_LEVELS}
+    parts = [
+        f"{level} {right.sum() / max(len(right), 1):.1%} of {len(right) / len(labels):.1%}"
+        for level, right in labelled.items()
+    ]
+    print(f"{split}: accuracy and share of the faces that --unsure P labels: {', '.join(parts)}")
     for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
         print(f"{split}: recall {record['recall'][name]:7.2%} of {count:5} {name}")
     for name, mask in subsets.items():
@@ -1806,8 +1848,9 @@ def check_classes(classes: object) -> None:
     for name in classes:
         if not re.fullmatch(r"[^/\\]{1,100}", name) or name in {".", ".."} or printable(name) != name:
             raise ValueError(f"a class of the name {name[:50]!r}")
-    if len(set(classes)) < len(classes):
-        raise ValueError("two classes of one name")
+    for name, other in itertools.pairwise(sorted(classes, key=str.casefold)):
+        if name.casefold() == other.casefold():
+            raise ValueError(f"two classes of one name, {name} and {other}; rename one")
 
 
 def _check_values(checkpoint: dict) -> None:

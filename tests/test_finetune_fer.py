@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -47,7 +48,7 @@ def test_evaluate_repeats_the_report_of_the_training_run(tmp_path, options, caps
     out_dir = tmp_path / "run"
     finetune_fer.main([*options, "--out-dir", str(out_dir)])
     trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test: ")]
-    assert len(trained) == 7
+    assert len(trained) == 8
     finetune_fer.main(
         [*options, "--evaluate", str(out_dir / "best.pt"), "--out-dir", str(tmp_path / "again")]
     )
@@ -337,6 +338,53 @@ def test_the_shipped_model_reaches_its_accuracy_on_privatetest(tmp_path, real_da
     assert test["ece"] < 0.03
     assert shared.DEFAULT_MODEL.stat().st_size < 50_000_000
     assert "accuracy" in capsys.readouterr().out
+
+
+# --- own faces ---
+
+
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("train", "val"), ("train",), ()])
+def test_own_faces_of_any_size_are_learned_whatever_splits_there_are(tmp_path, options, splits, capsys):
+    """The report is on test, or on val if there is none; all classes are told apart, none is a usual one."""
+    classes, sizes = ("attentive", "bored", "confused"), itertools.cycle([(30, 40), (200, 180)])
+    for folder in [tmp_path / "mine" / split for split in splits] or [tmp_path / "mine"]:
+        for path in shared.list_images(make_faces(folder, 12 if splits else 24, classes)):
+            with Image.open(path) as face:
+                face.convert("RGB").resize(next(sizes)).save(path)
+    out_dir = tmp_path / "run"
+    options += ["--data-dir", str(tmp_path / "mine"), "--out-dir", str(out_dir), "--epochs", "1"]
+    finetune_fer.main(options)
+    captured = capsys.readouterr()
+    reported, other = ("test", "val") if not splits or "test" in splits else ("val", "test")
+    assert f"{reported}: accuracy" in captured.out
+    assert ("judged on val" in captured.err) == (reported == "val")
+    assert (out_dir / f"{reported}.json").exists()
+    assert not (out_dir / f"{other}.json").exists()
+    best = shared.load_checkpoint(out_dir / "best.pt")
+    assert tuple(best["classes"]) == tuple(best["default_classes"]) == classes
+    finetune_fer.main(["--data-dir", str(tmp_path / "mine"), "--evaluate", str(out_dir / "best.pt")])
+    again = capsys.readouterr().out.splitlines()
+    assert [line for line in captured.out.splitlines() if line in again]
+    assert all(line in captured.out for line in again)
+
+
+def test_the_image_size_is_that_of_init_except_of_the_gray_stage(tmp_path, fer_dir, gray_checkpoint):
+    small = write_checkpoint(tmp_path / "small.pt", shared.gray_resnet(ARCH, 2), ("happy", "sad"))
+    for init, size in ((gray_checkpoint, shared.IMAGE_SIZE), (small, 32)):
+        out_dir = tmp_path / f"run{size}"
+        options = ["--data-dir", fer_dir, "--init", init, "--out-dir", out_dir, "--epochs", 1]
+        finetune_fer.main([str(option) for option in options])
+        best = shared.load_checkpoint(out_dir / "best.pt")
+        assert (best["image_size"], best["arch"]) == (size, ARCH)
+
+
+def test_the_report_has_the_accuracy_of_the_faces_that_are_sure(capsys):
+    labels = torch.tensor([0, 0, 0, 1])
+    logits = torch.tensor([[0.55, 0.45], [0.85, 0.15], [0.35, 0.65], [0.05, 0.95]]).log()
+    options = {"temperature": 1.0, "classes": ("a", "b"), "out_dir": None, "subsets": {}}
+    shared.report("test", logits, labels, **options)
+    levels = "0.4 75.0% of 100.0%, 0.5 75.0% of 100.0%, 0.6 66.7% of 75.0%, 0.7 100.0% of 50.0%, "
+    assert f"{levels}0.8 100.0% of 50.0%, 0.9 100.0% of 25.0%\n" in capsys.readouterr().out
 
 
 # --- other sources ---

@@ -172,3 +172,22 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, photos_dir, teacher_pat
         finetune_gray_imagenet.main([*right, *options])
     assert message in stop.value.code
     assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize(("number", "message"), [(1, "has 1 image, expected 2"), (3, "are one picture; add")])
+def test_photos_of_no_use_are_one_line_before_weights_are_loaded(tmp_path, number, message):
+    (tmp_path / "photos").mkdir()
+    for name in range(number):
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / f"{name}.png")
+    options = [
+        "--data-dir",
+        tmp_path / "photos",
+        "--teacher-weights",
+        "none.pt",
+        "--out-dir",
+        tmp_path / "run",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        finetune_gray_imagenet.main([str(option) for option in options])
+    assert message in stop.value.code
+    assert list(tmp_path.iterdir()) == [tmp_path / "photos"]

@@ -17,6 +17,8 @@ from conftest import file_size_limit, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES, REAL_ARCHS
 
+import finetune_emotion
+import finetune_fer
 import model as shared
 
 # --- files ---
@@ -265,7 +267,10 @@ def test_load_images_cuts_the_middle_square(tmp_path):
     image.paste((255, 0, 0), (20, 0, 40, 20))
     image.save(tmp_path / "a.png")
     image.resize((120, 40)).save(tmp_path / "b.png")
-    images, _ = shared.load_images([tmp_path / "a.png", tmp_path / "b.png"], "RGB")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert shared.load_images(paths, "RGB", max_size=30)[0].shape == (2, 3, 30, 30)
+    assert shared.load_images(paths, "RGB")[0].shape == (2, 3, 40, 40)  # as the larger one
+    images, _ = shared.load_images(paths, "RGB", 20)
     assert images.shape == (2, 3, 20, 20)
     assert images.dtype == torch.uint8
     assert (images[0] == torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]).all()
@@ -335,6 +340,45 @@ def test_a_folder_without_splits_is_divided_by_content(tmp_path):
     val = {path.name for path in shared.list_split(tmp_path / "copy", "val", ("angry", "happy"))}
     assert val == {path.name for path in parts[1]} - {renamed.name} | {"x.png"}
     assert not shared.list_split(tmp_path / "copy", "test", ("angry", "happy"))
+
+
+def add_class(name):
+    return lambda folder: make_faces(folder, 3, (name,))
+
+
+def keep_one_picture(folder):
+    for path in folder.glob("bored/*"):
+        path.rename(folder / "bored" / "0.png")
+
+
+def copy_one_picture(folder):
+    for path in folder.glob("*/*"):
+        shutil.copyfile(folder / "calm" / "00000.png", path)
+
+
+@pytest.mark.parametrize("script", [finetune_fer, finetune_emotion])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "empty").mkdir(), "no images in FOLDER/empty; put some there"),
+        (lambda folder: shutil.rmtree(folder / "calm"), "FOLDER has 1 emotion folders, expected 2 or more"),
+        (add_class("Bored"), "two classes of one name, Bored and bored; rename one"),
+        (keep_one_picture, "FOLDER/bored has 1 image, expected 2 or more: one to learn from, one to judge"),
+        (copy_one_picture, "all 3 images in FOLDER/bored are one picture; add different ones"),
+    ],
+)
+def test_data_of_no_use_is_one_line_before_weights_are_loaded_or_folders_made(
+    tmp_path, script, spoil, message
+):
+    mine = make_faces(tmp_path / "mine", 3, ("bored", "calm"))
+    (mine / ".hidden").mkdir()  # no class
+    spoil(mine)
+    options = ["--data-dir", mine, "--init", tmp_path / "none.pt", "--out-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(option) for option in options])
+    assert stop.value.code.startswith(f"error: {message.replace('FOLDER', str(mine))}")
+    assert "\n" not in stop.value.code
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 def test_load_faces_names_a_split_without_faces(fer_dir):
