@@ -11,14 +11,9 @@ whatever way, goes on from there; no search is made and no picture downloaded a 
 brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
 <out-dir>_sheets/, and train with the photos for research only.
 
-The parts stand in the order in which they are needed:
-    downloading     what strangers serve, fetched safely: `Downloader`
-    pictures        decoding, copies, the single face: `read_photo`
-    data set        the pictures and their journal: `DataSet`, `collect`
-    Google          a running browser that searches: `Google`
-    other engines   public APIs, ddgs, lists: `open_engine`
-    report          contact sheets and a table: `print_report`
-    command line    labels, queries, options
+The parts stand in the order in which they are needed: downloading (what strangers serve, fetched safely),
+pictures (decoding, copies, the single face), data set (pictures and their journal), Google (a browser that
+searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
 
 Usage:
     python download_data.py emotions --limit 100
@@ -99,7 +94,6 @@ MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
 BACKOFF_S = 1.0  # before the first retry; doubles from one to the next
 MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here; for longer it is left alone
-CHUNK_BYTES = 2**16
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
 UNREACHABLE, BUSY, REMOVED, NOT_TRIED = "unreachable", "busy", "removed", "not tried"
@@ -145,9 +139,9 @@ def is_public(address: str) -> bool:
     """Return whether an IP address is on the open internet, an IPv6 one also by the IPv4 one in it."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-    if ip.version == 6 and ip in NAT64:
+    if ip in NAT64:
         ip = ipaddress.IPv4Address(ip.packed[-4:])
-    if any(ip in network for network in NOT_PUBLIC if network.version == ip.version):
+    if any(ip in network for network in NOT_PUBLIC):
         return False
     # Of IPv6 only 2000::/3 is given out; the rest is reserved, which is_global does not look at.
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
@@ -162,7 +156,7 @@ def parse_http_url(url: str) -> Url:
         parts = parse_url(url)
     except LocationParseError:
         raise Refusal("not allowed", "not a URL") from None
-    if parts.scheme not in ("http", "https") or not parts.host:
+    if parts.scheme not in PORTS or not parts.host:
         raise Refusal("not allowed", f"the scheme is {parts.scheme}, expected http or https")
     return parts
 
@@ -187,15 +181,12 @@ def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.soc
 
 def read_proxies() -> dict[str, Url]:
     """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
     proxies = {}
     for scheme, address in getproxies().items():
-        if scheme in ("http", "https"):
-            with contextlib.suppress(LocationParseError):
-                proxies[scheme] = parse_url(address)
-            if scheme not in proxies or proxies[scheme].scheme not in (None, "http"):
+        if scheme in PORTS:
+            with contextlib.suppress(Refusal):
+                proxies[scheme] = parse_http_url(address if "://" in address else f"http://{address}")
+            if scheme not in proxies or proxies[scheme].scheme != "http":
                 raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
     return proxies
 
@@ -379,14 +370,10 @@ def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
     if response.status != 200:
         is_passing = response.status in (408, 429) or response.status >= 500
         raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
-    body = bytearray()
-    is_too_big = (response.length_remaining or 0) > MAX_BYTES  # what is announced; None if nothing is
-    while not is_too_big and (chunk := response.read(CHUNK_BYTES)):
-        body += chunk
-        is_too_big = len(body) > MAX_BYTES
-    if is_too_big:
+    announced_bytes = response.length_remaining or 0
+    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
         raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
-    return bytes(body), ""
+    return body, ""
 
 
 # --- pictures ---
@@ -427,19 +414,18 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
 class CopyFinder:
     """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
 
-    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts.
+    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts. Part
+    n has the digits n, n + NEAR_BITS + 1 and so on.
     """
 
     def __init__(self):
         self._records = []
         self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
 
-    def _keys(self, sha256: str, phash: str) -> Iterator[object]:
+    def _keys(self, sha256: str, phash: str) -> list[object]:
         """Return what a picture and each of its copies may have in common."""
-        yield sha256
-        part_bits = -(-64 // (NEAR_BITS + 1))
-        for part in range(NEAR_BITS + 1) if phash else ():
-            yield part, int(phash, 16) >> part * part_bits & (1 << part_bits) - 1
+        parts = range(NEAR_BITS + 1) if phash else ()
+        return [sha256, *((part, phash[part :: NEAR_BITS + 1]) for part in parts)]
 
     def add(self, record: dict) -> None:
         """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
@@ -460,6 +446,9 @@ class CopyFinder:
 
 
 # --- data set ---
+
+MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
+DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
 
 
 def timestamp() -> str:
@@ -507,10 +496,6 @@ def read_result(fields: dict) -> Result:
     if not is_box or not result.url.encode():
         raise ValueError("no box, or no URL")
     return result
-
-
-MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
-DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
 
 
 class DataSet:
@@ -661,12 +646,17 @@ class DataSet:
                 temporary.write_bytes(body)
         return path
 
+    def refuse_copy(self, label: str, sha256: str, phash: str = "") -> None:
+        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept."""
+        if original := self.copies.find(sha256, phash):
+            if original["label"] == label:
+                raise Refusal("copy", f"of {original['file']}", original)
+            raise Refusal("two labels", f"the same as {original['file']}", original)
+
     def refuse_known(self, url: str, label: str) -> None:
         """Raise the Refusal of a URL that was settled before, under whatever label."""
         record = self.by_url[url]
-        sha256 = record.get("sha256") or record.get("copy_of")
-        if original := self.copies.find(sha256 or ""):
-            refuse_copy(original, label)
+        self.refuse_copy(label, record.get("sha256") or record.get("copy_of", ""))
         raise Refusal(record["reason"], record["detail"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
@@ -726,13 +716,6 @@ class DataSet:
         self._load_journal()
 
 
-def refuse_copy(original: dict, label: str) -> None:
-    """Raise the Refusal of a copy of a kept picture, found for `label`."""
-    if original["label"] == label:
-        raise Refusal("copy", f"of {original['file']}", original)
-    raise Refusal("two labels", f"the same as {original['file']}", original)
-
-
 def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face: FindFace | None) -> dict:
     """Examine a downloaded file; return what the journal keeps of a picture.
 
@@ -751,8 +734,7 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
         raise Refusal(REMOVED, "")
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    if original := dataset.copies.find(sha256, phash):
-        refuse_copy(original, label)
+    dataset.refuse_copy(label, sha256, phash)
     extension = ".jpg" if dataset.shorter_side else extension
     return {
         "file": f"{label}/{sha256[:16]}{extension}",
@@ -846,25 +828,21 @@ def work_off(
     is_done = search.get("exhausted") if target else search["asked"] >= query.limit
     if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
         return
-    trouble = None
-    with contextlib.closing(
-        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
-    ) as found:
-        while not trouble and (number := wanted()):
+    found = new_results(start_engine()(query), known, dataset.barred_urls, query.text)
+    is_exhausted = False
+    with contextlib.closing(found):
+        while not is_exhausted and (number := wanted()):
             chunk = []
             try:
-                chunk.extend(itertools.islice(found, number))  # keeps what comes before an error
-            except ValueError as error:
-                trouble = error
-            is_exhausted = not trouble and len(chunk) < number
-            if chunk or not trouble:
-                asked = len(known) if trouble or target else query.limit
-                search = dataset.note_search(search, chunk, asked, is_exhausted)
-                settle(search, chunk)
-            if is_exhausted:
-                return
-    if trouble:
-        raise trouble
+                chunk.extend(itertools.islice(found, number))
+            except ValueError:
+                if chunk:  # what came before the error
+                    settle(dataset.note_search(search, chunk, len(known), False), chunk)
+                raise
+            is_exhausted = len(chunk) < number
+            asked = len(known) if target else query.limit
+            search = dataset.note_search(search, chunk, asked, is_exhausted)
+            settle(search, chunk)
 
 
 # --- Google ---
@@ -1177,13 +1155,13 @@ def read_openverse(found: dict) -> Result:
     return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
 
 
-def search_openverse(text: str, ask: Ask) -> Iterator[list[dict]]:
+def search_openverse(text: str, ask: Ask) -> Iterator[dict]:
     """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
         if answer is None or not answer["results"]:
             return
-        yield answer["results"]
+        yield from answer["results"]
         num_pages = answer.get("page_count")
         if isinstance(num_pages, int) and page >= num_pages:
             return
@@ -1197,7 +1175,7 @@ def read_commons(found: dict) -> Result:
     return Result(*map(to_text, fields))
 
 
-def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
+def search_commons(text: str, ask: Ask) -> Iterator[dict]:
     """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
     batch, go_on = {}, {}
@@ -1207,7 +1185,9 @@ def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
             batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # by relevance
+            yield from sorted(
+                batch.values(), key=lambda page: str(page.get("index")).zfill(6)
+            )  # by relevance
             batch = {}
 
 
@@ -1245,7 +1225,7 @@ def search_api(
 
     search, read = API_PARTS[name]
     try:
-        for found in itertools.chain.from_iterable(search(query.text, ask)):
+        for found in search(query.text, ask):
             result = None
             with contextlib.suppress(LookupError, TypeError, AttributeError):
                 result = read(found)
@@ -1282,25 +1262,22 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
 
     Raises ValueError if a line is neither, or its label cannot be a folder's name.
     """
-    results, number = defaultdict(list), 0
-    with path.open("rb") as file:
-        encoding = json.detect_encoding(file.read(4))
+    results, number, data = defaultdict(list), 0, path.read_bytes()
     try:
-        with path.open(encoding=encoding) as file:
-            for line in file:
-                number += 1
-                if line.startswith("{"):
-                    record = json.loads(line)
-                    if record["status"] != "kept":
-                        continue
-                    label, text = record["label"], record["query"]
-                    result = read_result({name: record[name] for name in Result._fields})
-                elif line.strip():
-                    label, url = line.split()
-                    text, result = path.name, Result(url)
-                else:
+        for line in data.decode(json.detect_encoding(data)).splitlines():
+            number += 1
+            if line.startswith("{"):
+                record = json.loads(line)
+                if record["status"] != "kept":
                     continue
-                results[check_label(label), text].append(result)
+                label, text = record["label"], record["query"]
+                result = read_result({name: record[name] for name in Result._fields})
+            elif line.strip():
+                label, url = line.split()
+                text, result = path.name, Result(url)
+            else:
+                continue
+            results[check_label(label), text].append(result)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
