@@ -11,14 +11,9 @@ whatever way, goes on from there; no search is made and no picture downloaded a 
 brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
 <out-dir>_sheets/, and train with the photos for research only.
 
-The parts stand in the order in which they are needed:
-    downloading     what strangers serve, fetched safely: `Downloader`
-    pictures        decoding, copies, the single face: `read_photo`
-    data set        the pictures and their journal: `DataSet`, `collect`
-    Google          a running browser that searches: `Google`
-    other engines   public APIs, ddgs, lists: `open_engine`
-    report          contact sheets and a table: `print_report`
-    command line    labels, queries, options
+The parts stand in the order in which they are needed: downloading (what strangers serve, fetched safely),
+pictures (decoding, copies, the single face), data set (pictures and their journal), Google (a browser that
+searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
 
 Usage:
     python download_data.py emotions --limit 100
@@ -71,7 +66,7 @@ if TYPE_CHECKING:
 
     # (url, fields) -> what a public API answers; None: it has no more
     Ask = Callable[[str, dict], dict | None]
-    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
+    SearchFor = Callable[["Query"], Iterator["Result"]]
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -84,8 +79,8 @@ SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet tran
 MIN_SIDE = 64  # pixels, chosen here: less is an icon or a counting pixel
 FLAT_LEVELS = 4  # of 255, chosen here: what JPEG makes of one colour; the darkest photo varies more
 MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
-# Of 500 scraped photos, copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits; of their
-# 124,750 pairs 32 do not differ at all, being the same picture, one by 4 bits, and the others by 6 and more.
+# Measured with 500 scraped photos: copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits. Of
+# the 124,750 pairs 32 do not differ (they are the same picture), one differs in 4 bits, the others in 6 or more.
 NEAR_BITS = 4
 
 # Which addresses are special: https://www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-.
@@ -99,7 +94,6 @@ MAX_REDIRECTS = 5
 MAX_BYTES = 20_000_000  # of a download once it is decoded, chosen here
 BACKOFF_S = 1.0  # before the first retry; doubles from one to the next
 MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here; for longer it is left alone
-CHUNK_BYTES = 2**16
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
 UNREACHABLE, BUSY, REMOVED, NOT_TRIED = "unreachable", "busy", "removed", "not tried"
@@ -118,7 +112,7 @@ class Query(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A picture that an engine found; unknown fields are empty."""
+    """A picture that an engine found; unknown fields are empty, the URL too."""
 
     url: str
     page: str = ""
@@ -142,12 +136,12 @@ class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the open internet, an IPv6 one also by the IPv4 one in it."""
+    """Return whether an IP address is on the open internet, and so is the IPv4 address that it may contain."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-    if ip.version == 6 and ip in NAT64:
+    if ip in NAT64:
         ip = ipaddress.IPv4Address(ip.packed[-4:])
-    if any(ip in network for network in NOT_PUBLIC if network.version == ip.version):
+    if any(ip in network for network in NOT_PUBLIC):
         return False
     # Of IPv6 only 2000::/3 is given out; the rest is reserved, which is_global does not look at.
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
@@ -162,7 +156,7 @@ def parse_http_url(url: str) -> Url:
         parts = parse_url(url)
     except LocationParseError:
         raise Refusal("not allowed", "not a URL") from None
-    if parts.scheme not in ("http", "https") or not parts.host:
+    if parts.scheme not in PORTS or not parts.host:
         raise Refusal("not allowed", f"the scheme is {parts.scheme}, expected http or https")
     return parts
 
@@ -186,22 +180,19 @@ def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.soc
 
 
 def read_proxies() -> dict[str, Url]:
-    """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
+    """Return the proxies of the environment, by scheme; raises ValueError if one is no HTTP proxy."""
     proxies = {}
     for scheme, address in getproxies().items():
-        if scheme in ("http", "https"):
-            with contextlib.suppress(LocationParseError):
-                proxies[scheme] = parse_url(address)
-            if scheme not in proxies or proxies[scheme].scheme not in (None, "http"):
+        if scheme in PORTS:
+            with contextlib.suppress(Refusal):
+                proxies[scheme] = parse_http_url(address if "://" in address else f"http://{address}")
+            if scheme not in proxies or proxies[scheme].scheme != "http":
                 raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
     return proxies
 
 
 def shut_down(connection: socket.socket) -> None:
-    """Wake whoever reads from a connection with its end."""
+    """End a connection, which wakes the thread that reads from it."""
     with contextlib.suppress(OSError):  # it has ended already
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -379,14 +370,10 @@ def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
     if response.status != 200:
         is_passing = response.status in (408, 429) or response.status >= 500
         raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
-    body = bytearray()
-    is_too_big = (response.length_remaining or 0) > MAX_BYTES  # what is announced; None if nothing is
-    while not is_too_big and (chunk := response.read(CHUNK_BYTES)):
-        body += chunk
-        is_too_big = len(body) > MAX_BYTES
-    if is_too_big:
+    announced_bytes = response.length_remaining or 0
+    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
         raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
-    return bytes(body), ""
+    return body, ""
 
 
 # --- pictures ---
@@ -427,19 +414,18 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
 class CopyFinder:
     """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
 
-    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts.
+    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts. Part
+    n has the digits n, n + NEAR_BITS + 1 and so on.
     """
 
     def __init__(self):
         self._records = []
-        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
+        self._numbers = defaultdict(list)  # places in _records, by SHA-256 or part of a perceptual hash
 
-    def _keys(self, sha256: str, phash: str) -> Iterator[object]:
+    def _keys(self, sha256: str, phash: str) -> list[object]:
         """Return what a picture and each of its copies may have in common."""
-        yield sha256
-        part_bits = -(-64 // (NEAR_BITS + 1))
-        for part in range(NEAR_BITS + 1) if phash else ():
-            yield part, int(phash, 16) >> part * part_bits & (1 << part_bits) - 1
+        parts = range(NEAR_BITS + 1) if phash else ()
+        return [sha256, *((part, phash[part :: NEAR_BITS + 1]) for part in parts)]
 
     def add(self, record: dict) -> None:
         """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
@@ -461,6 +447,9 @@ class CopyFinder:
 
 # --- data set ---
 
+MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
+DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
+
 
 def timestamp() -> str:
     """Return the time in UTC, by ISO 8601."""
@@ -473,14 +462,14 @@ def url_digest(url: str) -> str:
 
 
 def refuse_links(*paths: Path) -> None:
-    """Raise ValueError if one of some files and folders is a link, which may lead anywhere."""
+    """Raise ValueError if one of the paths is a link, which may lead anywhere."""
     for path in paths:
         if path.is_symlink():
             raise ValueError(f"{path} is a link, expected what this script wrote; delete the link")
 
 
 def check_label(label: object) -> str:
-    """Return a label, in Unicode's composed form, that can name a folder anywhere, else raise ValueError."""
+    """Return a label in Unicode's composed form; raises ValueError if some system has no such folder name."""
     name = unicodedata.normalize("NFC", str(label))
     letters = "".join(letter for letter in name if unicodedata.category(letter)[0] != "M")  # accents are fine
     is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
@@ -493,7 +482,7 @@ def check_label(label: object) -> str:
 
 
 def check_texts(*values: object) -> None:
-    """Raise ValueError if one of some values is no text."""
+    """Raise ValueError if a value is no text."""
     if not all(isinstance(value, str) for value in values):
         raise ValueError("not a text")
 
@@ -507,10 +496,6 @@ def read_result(fields: dict) -> Result:
     if not is_box or not result.url.encode():
         raise ValueError("no box, or no URL")
     return result
-
-
-MAX_LABEL_BYTES = 200  # file systems allow 255, and a contact sheet's name is longer than its label
-DEVICE = re.compile("con|prn|aux|nul|(com|lpt)[0-9]", re.IGNORECASE)  # what names no folder on Windows
 
 
 class DataSet:
@@ -661,12 +646,17 @@ class DataSet:
                 temporary.write_bytes(body)
         return path
 
+    def refuse_copy(self, label: str, sha256: str, phash: str = "") -> None:
+        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept."""
+        if original := self.copies.find(sha256, phash):
+            if original["label"] == label:
+                raise Refusal("copy", f"of {original['file']}", original)
+            raise Refusal("two labels", f"the same as {original['file']}", original)
+
     def refuse_known(self, url: str, label: str) -> None:
         """Raise the Refusal of a URL that was settled before, under whatever label."""
         record = self.by_url[url]
-        sha256 = record.get("sha256") or record.get("copy_of")
-        if original := self.copies.find(sha256 or ""):
-            refuse_copy(original, label)
+        self.refuse_copy(label, record.get("sha256") or record.get("copy_of", ""))
         raise Refusal(record["reason"], record["detail"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
@@ -726,13 +716,6 @@ class DataSet:
         self._load_journal()
 
 
-def refuse_copy(original: dict, label: str) -> None:
-    """Raise the Refusal of a copy of a kept picture, found for `label`."""
-    if original["label"] == label:
-        raise Refusal("copy", f"of {original['file']}", original)
-    raise Refusal("two labels", f"the same as {original['file']}", original)
-
-
 def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face: FindFace | None) -> dict:
     """Examine a downloaded file; return what the journal keeps of a picture.
 
@@ -751,8 +734,7 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
         raise Refusal(REMOVED, "")
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    if original := dataset.copies.find(sha256, phash):
-        refuse_copy(original, label)
+    dataset.refuse_copy(label, sha256, phash)
     extension = ".jpg" if dataset.shorter_side else extension
     return {
         "file": f"{label}/{sha256[:16]}{extension}",
@@ -793,15 +775,13 @@ def collect(
             future.cancel()
 
 
-def new_results(
-    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
-) -> Iterator[Result]:
-    """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
+def new_results(found: Iterator[Result], known: set[str], barred: set[str], text: str) -> Iterator[Result]:
+    """Yield what is neither `known` nor barred, and add it to `known`; report how many have no address."""
     count = Counter()
     try:
         for result in found:
-            count[bool(result)] += 1
-            if result and result.url not in known and url_digest(result.url) not in barred:
+            count[bool(result.url)] += 1
+            if result.url and result.url not in known and url_digest(result.url) not in barred:
                 known.add(result.url)
                 yield result
     finally:
@@ -846,50 +826,45 @@ def work_off(
     is_done = search.get("exhausted") if target else search["asked"] >= query.limit
     if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
         return
-    trouble = None
-    with contextlib.closing(
-        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
-    ) as found:
-        while not trouble and (number := wanted()):
+    found = new_results(start_engine()(query), known, dataset.barred_urls, query.text)
+    is_exhausted = False
+    with contextlib.closing(found):
+        while not is_exhausted and (number := wanted()):
             chunk = []
             try:
-                chunk.extend(itertools.islice(found, number))  # keeps what comes before an error
-            except ValueError as error:
-                trouble = error
-            is_exhausted = not trouble and len(chunk) < number
-            if chunk or not trouble:
-                asked = len(known) if trouble or target else query.limit
-                search = dataset.note_search(search, chunk, asked, is_exhausted)
-                settle(search, chunk)
-            if is_exhausted:
-                return
-    if trouble:
-        raise trouble
+                chunk.extend(itertools.islice(found, number))
+            except ValueError:
+                if chunk:  # what came before the error
+                    settle(dataset.note_search(search, chunk, len(known), False), chunk)
+                raise
+            is_exhausted = len(chunk) < number
+            asked = len(known) if target else query.limit
+            search = dataset.note_search(search, chunk, asked, is_exhausted)
+            settle(search, chunk)
 
 
 # --- Google ---
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
-# What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
+# How a result is recognised. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
 # Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
 # fields are the same in all languages; the words are for the day when they change.
 REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
 REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
-REJECT_WORDS = (
-    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
-)
-REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
+REJECT_WORDS = "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|"
+REJECT_WORDS += "alles afwijzen|odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|"
+REJECT_WORDS += "全部拒絕|отклонить все"
 CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
 # Further results are asked for at the page's end, in ways that have changed with the years.
 MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
-MORE_WORDS = (
-    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
+MORE_WORDS = "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de "
+MORE_WORDS += "recherche)?|(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais "
+MORE_WORDS += "resultados|meer resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?"
+MORE_WORDS += (
+    "flere resultater|(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 )
-MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
-MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
-MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -958,7 +933,7 @@ def google_url(text: str, filters: dict[str, str]) -> str:
 
 
 def to_text(value: object) -> str:
-    """Return a string for what a stranger's JSON has as one: None is empty, half a surrogate pair a ?."""
+    """Return a value of a stranger's JSON as text; None becomes empty, half a surrogate pair a ?."""
     return str(value or "").encode(errors="replace").decode()
 
 
@@ -1019,11 +994,8 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             yield driver
         except SessionNotCreatedException as error:
             reason = " ".join(error.msg.partition("; For documentation")[0].split())
-            remedy = (
-                f"{driver_path} and it must be of one version"
-                if "only supports" in reason
-                else "try it by hand"
-            )
+            is_other_version = "only supports" in reason
+            remedy = f"{driver_path} and it must be of one version" if is_other_version else "try it by hand"
             raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
@@ -1036,7 +1008,7 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
-    """Wait until something holds; return whether it does."""
+    """Wait until a condition is true; return whether it is."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
@@ -1096,15 +1068,15 @@ class Google:
         return "empty"
 
     def _is_visible(self, selector: str) -> bool:
-        """Return whether an element of the page that fits is visible."""
+        """Return whether an element that the CSS selector matches is visible."""
         return self.driver.execute_script(IS_VISIBLE, selector)
 
     def _click(self, selector: str, words: str) -> bool:
-        """Click on the first visible control that fits or bears some words; return whether there is one."""
+        """Click the first visible control of a CSS selector, or called by `words`; return whether there is."""
         return self.driver.execute_script(CLICK, selector, words)
 
     def _refuse_cookies(self) -> None:
-        """Answer with no if the browser shows the question."""
+        """Refuse cookies if the page asks about them."""
         if self._state() == "consent":
             wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
             wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
@@ -1166,7 +1138,7 @@ class RateLimit:
         self.delay_s, self._next = delay_s, 0.0
 
     def wait(self) -> None:
-        """Wait for one's turn."""
+        """Wait until the next call may be made."""
         time.sleep(max(self._next - time.monotonic(), 0))
         self._next = time.monotonic() + self.delay_s
 
@@ -1177,13 +1149,13 @@ def read_openverse(found: dict) -> Result:
     return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
 
 
-def search_openverse(text: str, ask: Ask) -> Iterator[list[dict]]:
+def search_openverse(text: str, ask: Ask) -> Iterator[dict]:
     """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
         if answer is None or not answer["results"]:
             return
-        yield answer["results"]
+        yield from answer["results"]
         num_pages = answer.get("page_count")
         if isinstance(num_pages, int) and page >= num_pages:
             return
@@ -1197,7 +1169,7 @@ def read_commons(found: dict) -> Result:
     return Result(*map(to_text, fields))
 
 
-def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
+def search_commons(text: str, ask: Ask) -> Iterator[dict]:
     """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
     batch, go_on = {}, {}
@@ -1207,16 +1179,16 @@ def search_commons(text: str, ask: Ask) -> Iterator[list[dict]]:
             batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # by relevance
+            yield from sorted(
+                batch.values(), key=lambda page: str(page.get("index")).zfill(6)
+            )  # by relevance
             batch = {}
 
 
 API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
 
 
-def search_api(
-    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
-) -> Iterator[Result | None]:
+def search_api(name: str, downloader: Downloader, rate_limit: RateLimit, query: Query) -> Iterator[Result]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
     token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
     last = None
@@ -1245,18 +1217,18 @@ def search_api(
 
     search, read = API_PARTS[name]
     try:
-        for found in itertools.chain.from_iterable(search(query.text, ask)):
-            result = None
+        for found in search(query.text, ask):
+            result = Result("")
             with contextlib.suppress(LookupError, TypeError, AttributeError):
                 result = read(found)
-            yield result if result and result.url else None
+            yield result
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
+def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
     from ddgs import DDGS
     from ddgs.exceptions import DDGSException
@@ -1274,7 +1246,7 @@ def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[R
         if not {result.url for result in results} - urls:
             return
         urls |= {result.url for result in results}
-        yield from (result if result.url else None for result in results)
+        yield from results
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -1282,25 +1254,22 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
 
     Raises ValueError if a line is neither, or its label cannot be a folder's name.
     """
-    results, number = defaultdict(list), 0
-    with path.open("rb") as file:
-        encoding = json.detect_encoding(file.read(4))
+    results, number, data = defaultdict(list), 0, path.read_bytes()
     try:
-        with path.open(encoding=encoding) as file:
-            for line in file:
-                number += 1
-                if line.startswith("{"):
-                    record = json.loads(line)
-                    if record["status"] != "kept":
-                        continue
-                    label, text = record["label"], record["query"]
-                    result = read_result({name: record[name] for name in Result._fields})
-                elif line.strip():
-                    label, url = line.split()
-                    text, result = path.name, Result(url)
-                else:
+        for line in data.decode(json.detect_encoding(data)).splitlines():
+            number += 1
+            if line.startswith("{"):
+                record = json.loads(line)
+                if record["status"] != "kept":
                     continue
-                results[check_label(label), text].append(result)
+                label, text = record["label"], record["query"]
+                result = read_result({name: record[name] for name in Result._fields})
+            elif line.strip():
+                label, url = line.split()
+                text, result = path.name, Result(url)
+            else:
+                continue
+            results[check_label(label), text].append(result)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
@@ -1336,7 +1305,7 @@ def open_engine(
 
     Args:
         listed: what `read_list` returns, for urls.
-        filters: and what follows, for Google.
+        filters, profile, headful: for Google.
     """
     rate_limit = RateLimit(delay_s)
     if name == "google":
@@ -1487,13 +1456,12 @@ def read_imagenet_labels() -> dict[str, list[str]]:
 
 
 def list_queries(texts: dict[str, list[str]], limit: int, synonym_limit: int) -> list[Query]:
-    """Return what to search for, the main word of a label before its synonyms; those with limit 0 are out."""
-    queries = [
+    """Return what to search for, the main word of a label before its synonyms, if these have a limit."""
+    return [
         Query(label, text, synonym_limit if i else limit)
         for label, words in texts.items()
-        for i, text in enumerate(words)
+        for i, text in enumerate(words if synonym_limit else words[:1])
     ]
-    return [query for query in queries if query.limit]
 
 
 def choose_labels(queries: Sequence[Query], labels: Sequence[str]) -> list[Query]:
@@ -1514,7 +1482,7 @@ def parse_filter(text: str) -> tuple[str, str]:
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
-    """Add what both data sets understand, with a set's own defaults."""
+    """Add the options of both data sets, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
     limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
     target_help = "pictures to keep of each label: look at results of its queries until there are so many"
