@@ -89,25 +89,27 @@ def sample_photo() -> Path:
 LOADED = {kind: kind.__init__ for kind in (shared.FaceFinder, shared.Classifier)}
 
 
+def load_once(load: Callable) -> Callable:
+    """Return an `__init__` that calls another one only where the options differ from all before."""
+    loaded = {}
+
+    def init(self: object, *args: object, **options: object) -> None:
+        bound = inspect.signature(load).bind(self, *args, **options)
+        bound.apply_defaults()
+        key = tuple(map(str, bound.args[1:]))
+        if key not in loaded:
+            load(self, *args, **options)
+            loaded[key] = dict(vars(self))
+        vars(self).update(loaded[key])
+
+    return init
+
+
 @pytest.fixture(scope="session", autouse=True)
 def load_networks_once() -> Iterator[None]:
-    def init_once(load: Callable) -> Callable:
-        loaded = {}
-
-        def init(self: object, *args: object, **options: object) -> None:
-            bound = inspect.signature(load).bind(self, *args, **options)
-            bound.apply_defaults()
-            key = tuple(map(str, bound.args[1:]))
-            if key not in loaded:
-                load(self, *args, **options)
-                loaded[key] = dict(vars(self))
-            vars(self).update(loaded[key])
-
-        return init
-
     with pytest.MonkeyPatch.context() as patch:
         for kind, load in LOADED.items():
-            patch.setattr(kind, "__init__", init_once(load))
+            patch.setattr(kind, "__init__", load_once(load))
         yield
 
 
