@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
     # (url, fields) -> what a public API answers; None: it has no more
     Ask = Callable[[str, dict], dict | None]
-    SearchFor = Callable[["Query"], Iterator["Result"]]
+    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -79,8 +79,8 @@ SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet tran
 MIN_SIDE = 64  # pixels, chosen here: less is an icon or a counting pixel
 FLAT_LEVELS = 4  # of 255, chosen here: what JPEG makes of one colour; the darkest photo varies more
 MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
-# Measured with 500 scraped photos: copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits. Of
-# the 124,750 pairs 32 do not differ (they are the same picture), one differs in 4 bits, the others in 6 or more.
+# Of 500 scraped photos, copies of 220 pixels at JPEG quality 60 differ in 0 or 2 of the 64 bits; of their
+# 124,750 pairs 32 do not differ at all, being the same picture, one by 4 bits, and the others by 6 and more.
 NEAR_BITS = 4
 
 # Which addresses are special: https://www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-.
@@ -112,7 +112,7 @@ class Query(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A picture that an engine found; unknown fields are empty, the URL too."""
+    """A picture that an engine found; unknown fields are empty."""
 
     url: str
     page: str = ""
@@ -136,7 +136,7 @@ class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the open internet, and so is the IPv4 address that it may contain."""
+    """Return whether an IP address is on the open internet, an IPv6 one also by the IPv4 one in it."""
     ip = ipaddress.ip_address(address)
     ip = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
     if ip in NAT64:
@@ -180,7 +180,7 @@ def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.soc
 
 
 def read_proxies() -> dict[str, Url]:
-    """Return the proxies of the environment, by scheme; raises ValueError if one is no HTTP proxy."""
+    """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
     proxies = {}
     for scheme, address in getproxies().items():
         if scheme in PORTS:
@@ -192,7 +192,7 @@ def read_proxies() -> dict[str, Url]:
 
 
 def shut_down(connection: socket.socket) -> None:
-    """End a connection, which wakes the thread that reads from it."""
+    """Wake whoever reads from a connection with its end."""
     with contextlib.suppress(OSError):  # it has ended already
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -420,7 +420,7 @@ class CopyFinder:
 
     def __init__(self):
         self._records = []
-        self._numbers = defaultdict(list)  # places in _records, by SHA-256 or part of a perceptual hash
+        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
 
     def _keys(self, sha256: str, phash: str) -> list[object]:
         """Return what a picture and each of its copies may have in common."""
@@ -462,14 +462,14 @@ def url_digest(url: str) -> str:
 
 
 def refuse_links(*paths: Path) -> None:
-    """Raise ValueError if one of the paths is a link, which may lead anywhere."""
+    """Raise ValueError if one of some files and folders is a link, which may lead anywhere."""
     for path in paths:
         if path.is_symlink():
             raise ValueError(f"{path} is a link, expected what this script wrote; delete the link")
 
 
 def check_label(label: object) -> str:
-    """Return a label in Unicode's composed form; raises ValueError if some system has no such folder name."""
+    """Return a label, in Unicode's composed form, that can name a folder anywhere, else raise ValueError."""
     name = unicodedata.normalize("NFC", str(label))
     letters = "".join(letter for letter in name if unicodedata.category(letter)[0] != "M")  # accents are fine
     is_name = isinstance(label, str) and letters[:1] == name[:1] and re.fullmatch(r"\w[\w'-]*", letters)
@@ -482,7 +482,7 @@ def check_label(label: object) -> str:
 
 
 def check_texts(*values: object) -> None:
-    """Raise ValueError if a value is no text."""
+    """Raise ValueError if one of some values is no text."""
     if not all(isinstance(value, str) for value in values):
         raise ValueError("not a text")
 
@@ -775,13 +775,15 @@ def collect(
             future.cancel()
 
 
-def new_results(found: Iterator[Result], known: set[str], barred: set[str], text: str) -> Iterator[Result]:
-    """Yield what is neither `known` nor barred, and add it to `known`; report how many have no address."""
+def new_results(
+    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
+) -> Iterator[Result]:
+    """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
     count = Counter()
     try:
         for result in found:
-            count[bool(result.url)] += 1
-            if result.url and result.url not in known and url_digest(result.url) not in barred:
+            count[bool(result)] += 1
+            if result and result.url not in known and url_digest(result.url) not in barred:
                 known.add(result.url)
                 yield result
     finally:
@@ -847,24 +849,25 @@ def work_off(
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
-# How a result is recognised. Class names change, these attributes have not from 2024 to 2026.
+# What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
 TILE = 'div[data-attrid="images universal"][data-docid]'
 # Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
 # fields are the same in all languages; the words are for the day when they change.
 REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
 REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
-REJECT_WORDS = "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|"
-REJECT_WORDS += "alles afwijzen|odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|"
-REJECT_WORDS += "全部拒絕|отклонить все"
+REJECT_WORDS = (
+    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
+)
+REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
 CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
 # Further results are asked for at the page's end, in ways that have changed with the years.
 MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
-MORE_WORDS = "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de "
-MORE_WORDS += "recherche)?|(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais "
-MORE_WORDS += "resultados|meer resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?"
-MORE_WORDS += (
-    "flere resultater|(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
+MORE_WORDS = (
+    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
 )
+MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
+MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
+MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -933,7 +936,7 @@ def google_url(text: str, filters: dict[str, str]) -> str:
 
 
 def to_text(value: object) -> str:
-    """Return a value of a stranger's JSON as text; None becomes empty, half a surrogate pair a ?."""
+    """Return a string for what a stranger's JSON has as one: None is empty, half a surrogate pair a ?."""
     return str(value or "").encode(errors="replace").decode()
 
 
@@ -994,8 +997,11 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             yield driver
         except SessionNotCreatedException as error:
             reason = " ".join(error.msg.partition("; For documentation")[0].split())
-            is_other_version = "only supports" in reason
-            remedy = f"{driver_path} and it must be of one version" if is_other_version else "try it by hand"
+            remedy = (
+                f"{driver_path} and it must be of one version"
+                if "only supports" in reason
+                else "try it by hand"
+            )
             raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
@@ -1008,7 +1014,7 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
-    """Wait until a condition is true; return whether it is."""
+    """Wait until something holds; return whether it does."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
@@ -1068,15 +1074,15 @@ class Google:
         return "empty"
 
     def _is_visible(self, selector: str) -> bool:
-        """Return whether an element that the CSS selector matches is visible."""
+        """Return whether an element of the page that fits is visible."""
         return self.driver.execute_script(IS_VISIBLE, selector)
 
     def _click(self, selector: str, words: str) -> bool:
-        """Click the first visible control of a CSS selector, or called by `words`; return whether there is."""
+        """Click on the first visible control that fits or bears some words; return whether there is one."""
         return self.driver.execute_script(CLICK, selector, words)
 
     def _refuse_cookies(self) -> None:
-        """Refuse cookies if the page asks about them."""
+        """Answer with no if the browser shows the question."""
         if self._state() == "consent":
             wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
             wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
@@ -1138,7 +1144,7 @@ class RateLimit:
         self.delay_s, self._next = delay_s, 0.0
 
     def wait(self) -> None:
-        """Wait until the next call may be made."""
+        """Wait for one's turn."""
         time.sleep(max(self._next - time.monotonic(), 0))
         self._next = time.monotonic() + self.delay_s
 
@@ -1188,7 +1194,9 @@ def search_commons(text: str, ask: Ask) -> Iterator[dict]:
 API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
 
 
-def search_api(name: str, downloader: Downloader, rate_limit: RateLimit, query: Query) -> Iterator[Result]:
+def search_api(
+    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
+) -> Iterator[Result | None]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
     token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
     last = None
@@ -1218,17 +1226,17 @@ def search_api(name: str, downloader: Downloader, rate_limit: RateLimit, query: 
     search, read = API_PARTS[name]
     try:
         for found in search(query.text, ask):
-            result = Result("")
+            result = None
             with contextlib.suppress(LookupError, TypeError, AttributeError):
                 result = read(found)
-            yield result
+            yield result if result and result.url else None
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result]:
+def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
     from ddgs import DDGS
     from ddgs.exceptions import DDGSException
@@ -1246,7 +1254,7 @@ def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[R
         if not {result.url for result in results} - urls:
             return
         urls |= {result.url for result in results}
-        yield from results
+        yield from (result if result.url else None for result in results)
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -1305,7 +1313,7 @@ def open_engine(
 
     Args:
         listed: what `read_list` returns, for urls.
-        filters, profile, headful: for Google.
+        filters: and what follows, for Google.
     """
     rate_limit = RateLimit(delay_s)
     if name == "google":
@@ -1456,12 +1464,13 @@ def read_imagenet_labels() -> dict[str, list[str]]:
 
 
 def list_queries(texts: dict[str, list[str]], limit: int, synonym_limit: int) -> list[Query]:
-    """Return what to search for, the main word of a label before its synonyms, if these have a limit."""
-    return [
+    """Return what to search for, the main word of a label before its synonyms; those with limit 0 are out."""
+    queries = [
         Query(label, text, synonym_limit if i else limit)
         for label, words in texts.items()
-        for i, text in enumerate(words if synonym_limit else words[:1])
+        for i, text in enumerate(words)
     ]
+    return [query for query in queries if query.limit]
 
 
 def choose_labels(queries: Sequence[Query], labels: Sequence[str]) -> list[Query]:
@@ -1482,7 +1491,7 @@ def parse_filter(text: str) -> tuple[str, str]:
 
 
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
-    """Add the options of both data sets, with a set's own defaults."""
+    """Add what both data sets understand, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
     limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
     target_help = "pictures to keep of each label: look at results of its queries until there are so many"
