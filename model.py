@@ -857,6 +857,8 @@ def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], 
             levels.append(np.asarray(image))
         return levels
 
+    for image in images:
+        image.load()  # a file that is still to be decoded is not for two threads
     chains = list(_threads().map(shrink, [(image, first) for image in images for first in (0, 1)]))
     even, odd = (list(map(np.stack, zip(*chains[first::2], strict=True))) for first in (0, 1))
     return scales, [(odd if i % 2 else even)[i // 2] for i in range(len(scales))]

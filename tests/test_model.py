@@ -353,7 +353,7 @@ def keep_one_picture(folder):
 
 def copy_one_picture(folder):
     for path in folder.glob("*/*"):
-        shutil.copyfile(folder / "calm" / "00000.png", path)
+        path.write_bytes((folder / "calm" / "00000.png").read_bytes())
 
 
 @pytest.mark.parametrize("script", [finetune_fer, finetune_emotion])
