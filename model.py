@@ -2190,10 +2190,11 @@ def fit(
             optimizer.load_state_dict(resume["optimizer"])
             if averaged:
                 averaged.load_state_dict(resume["averaged"])
-        except (KeyError, RuntimeError, ValueError):
+            list(map(score, history))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise ValueError(
-                "the run to resume had another network, other parts that learn, or no averages; "
-                "leave --arch, --unfreeze and --ema as they were"
+                "the run to resume had another network, other parts that learn, or no averages, or its file "
+                "is damaged; leave --arch, --unfreeze and --ema as they were"
             ) from None
     for epoch in range(len(history) + 1, schedule.epochs + 1):
         record = train_epoch(net, criterion, data, optimizer, averaged, schedule=schedule, epoch=epoch)
@@ -2682,7 +2683,8 @@ def parse_with_resume(
     if not args.resume:
         return args, None
     resumed = load_checkpoint(args.resume, stages=(stage,))
-    if not all(isinstance(resumed.get(name), dict) for name in ("optimizer", "config")):
+    needed = {"optimizer": dict, "config": dict, "history": list}
+    if not all(isinstance(resumed.get(name), kind) for name, kind in needed.items()):
         raise ValueError(
             f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )

@@ -168,6 +168,8 @@ def change_value(rng: random.Random, value: object) -> object:
 
 def change_tensor(rng: random.Random, tensor: torch.Tensor) -> object:
     """Change values, shape or type of a tensor."""
+    if not tensor.ndim:
+        return rng.choice((tensor - 1, tensor.float() * math.nan, None))
     flat = tensor.flatten().clone()
     changes = [
         flat,
@@ -182,7 +184,7 @@ def change_tensor(rng: random.Random, tensor: torch.Tensor) -> object:
     if len(flat) and tensor.is_floating_point():
         flat[rng.randrange(len(flat))] = rng.choice((math.nan, math.inf, -math.inf, 1e30, -1e30, 0.0))
         changes += [flat.reshape(tensor.shape)] * 8 + [tensor * 1e6, -tensor, tensor.half()]
-    return rng.choice(changes) if tensor.ndim else rng.choice((tensor - 1, tensor.float() * math.nan, None))
+    return rng.choice(changes)
 
 
 def change_text(rng: random.Random, text: str) -> bytes:
@@ -346,7 +348,7 @@ def make_seeds(folder: Path, worker: "Worker") -> Path:
         folder / "gray.pt", shared.gray_resnet(tiny_resnet.ARCH, 0), (), stage="gray", image_size=64
     )
     with serve(serve_pictures) as server:
-        urls = "".join(f"{CLASSES[i % 2]} {server.url(f'/photo/{i}')}\n" for i in range(6))
+        urls = "".join(f"{CLASSES[i % 2]} {server.url(f'/photo?n={i}')}\n" for i in range(6))
         (folder / "list.txt").write_text(urls)
         for name, options in RUNS.items():
             result = worker.run(name, options.replace("OUT", name).split(), folder)
@@ -845,7 +847,7 @@ def try_kills(count: int, seed: int, base: Path, context: multiprocessing.contex
     counts = Counter(dict.fromkeys(("half files", "stray files", "unequal", "not resumed", "traceback"), 0))
     with serve(serve_pictures) as server:
         for script in tqdm(RUNS, "scripts", disable=None):
-            urls = "".join(f"{CLASSES[i % 2]} {server.url(f'/photo/{i}')}\n" for i in range(6))
+            urls = "".join(f"{CLASSES[i % 2]} {server.url(f'/photo?n={i}')}\n" for i in range(6))
             (base / "seeds" / "list.txt").write_text(urls)
             folder = base / f"kills-{script}"
             copy_seeds(base / "seeds", folder / "work")

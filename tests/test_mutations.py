@@ -1,0 +1,26 @@
+"""What tests/mutate.py counts on damaged and hostile inputs of each kind, and on kills of each script."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Nothing may be wrong; of a folder every file is labelled, named or counted.
+WRONG = ("traceback", "crash", "hang", "stray files", "changed outside", "unaccounted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("photos", 100), ("videos", 100), ("tables", 100), ("checkpoints", 100), ("kills", 20)],
+)
+def test_damaged_and_hostile_inputs_end_in_a_line(kind, count):
+    command = [sys.executable, ROOT / "tests" / "mutate.py", "--kind", kind, "--count", str(count)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    counts = json.loads(run.stdout.splitlines()[-1])[kind]
+    assert counts["inputs"] >= 10
+    assert not any(counts.get(name, 0) for name in WRONG), run.stderr[-2000:]
+    assert counts.get("peak MB", 0) < 1536
