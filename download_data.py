@@ -1367,8 +1367,8 @@ def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) ->
             photo = shared.open_picture(dataset.path(record))
             width = photo.width
             photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
-            if record["face_box"]:
-                box = [edge * photo.width / width for edge in record["face_box"]]
+            if face_box := record.get("face_box"):
+                box = [edge * photo.width / width for edge in face_box]
                 ImageDraw.Draw(photo).rectangle(box, outline="lime")
             sheet.paste(photo, (x, y))
     about = PngInfo()
