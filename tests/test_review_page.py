@@ -173,5 +173,10 @@ def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys)
     out = capsys.readouterr().out
     assert f"{len(cards)} corrections in" in out
     assert (
-        sum(int(line.split()[1]) for line in out.splitlines() if line.startswith(("train: ", "val: "))) == 3
+        sum(
+            int(line.split()[2])
+            for line in out.splitlines()
+            if line.startswith(("photos train: ", "photos val: "))
+        )
+        == 3
     )
