@@ -651,7 +651,7 @@ class Worker:
         self._is_busy = False
         seconds = time.monotonic() - started
         texts = [(work.parent / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        if "Traceback (most recent call last)" in texts[1] and code == 1:
+        if "Traceback (most recent call last)" in texts[1]:
             code = "traceback"
         return Result(code, *texts, seconds, peak)
 
@@ -776,7 +776,7 @@ def content(path: Path) -> object:
         return plain(torch.load(path, weights_only=True))
     if path.suffix in {".json", ".jsonl"}:
         return (
-            [plain(json.loads(line)) for line in path.read_text().splitlines()]
+            [plain(json.loads(line)) for line in sorted(path.read_text().splitlines())]
             if path.suffix == ".jsonl"
             else plain(json.loads(path.read_text()))
         )
@@ -854,6 +854,7 @@ def try_kills(count: int, seed: int, base: Path, context: multiprocessing.contex
             code, seconds = run_alone(context, script, folder / "work", None)
             assert code == 0, (folder / "stderr").read_text()
             expected = outputs(folder / "work")
+            shutil.rmtree(folder)
             for number in tqdm(range(count), script, disable=None, leave=False):
                 folder = base / f"kills-{script}-{number}"
                 copy_seeds(base / "seeds", folder / "work")
