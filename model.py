@@ -1346,22 +1346,48 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def compress(images: Tensor, quality: int) -> Tensor:
-    """Store uint8 images (N, 1, H, W), on the CPU, as JPEG and read them again."""
+# How coarsely JPEG stores the brightness of 8x8 pixels, by frequency, at quality 50: ITU-T T.81, table K.1.
+JPEG_TABLE = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+
+
+def compress(images: Tensor, quality: Tensor) -> Tensor:
+    """Return gray images (N, 1, H, W), float in 0-255, as JPEG of a quality (N,), 1-100, shows them.
+
+    It is what JPEG does with a gray image but for the lossless part, on any device. Qualities mean what
+    they mean in libjpeg.
+    """
     import torch
+    import torch.nn.functional as F
 
-    def store(image: np.ndarray) -> np.ndarray:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        return np.asarray(Image.open(buffer))
-
-    return torch.from_numpy(np.stack(list(_threads().map(store, images[:, 0].numpy()))))[:, None]
+    n, _, height, width = images.shape
+    device = images.device
+    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).to(device)
+    table = torch.tensor(JPEG_TABLE, device=device) * scale[:, None, None, None, None]
+    table = ((table + 50) / 100).floor().clamp(1, 255)  # (N, 1, 1, 8, 8)
+    steps = torch.arange(8, device=device)
+    cosines = torch.cos((2 * steps + 1) * steps[:, None] * math.pi / 16) / 2  # the DCT, (8, 8)
+    cosines[0] /= math.sqrt(2)
+    padded = F.pad(images, (0, -width % 8, 0, -height % 8), mode="replicate")
+    rows, columns = padded.shape[2] // 8, padded.shape[3] // 8
+    blocks = padded.view(n, rows, 8, columns, 8).transpose(2, 3) - 128
+    stored = (cosines @ blocks @ cosines.T / table).round() * table
+    blocks = (cosines.T @ stored @ cosines + 128).round().clamp(0, 255)
+    return blocks.transpose(2, 3).reshape(padded.shape)[:, :, :height, :width]
 
 
 def augment_faces(
     images: Tensor, size: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Turn uint8 faces (N, 1, H, W), on the CPU, into varied, normalised input (N, 1, size, size).
+    """Turn uint8 faces (N, 1, H, W) into varied, normalised input (N, 1, size, size) on a device.
 
     JPEG artefacts (a quarter of the images), coarsening (a quarter), mirroring, rotation, shift, scaling,
     contrast, brightness, light from one side, one level around the outline of the face (an eighth), and
@@ -1370,12 +1396,12 @@ def augment_faces(
     import torch
     import torch.nn.functional as F
 
-    n = len(images)
+    n, images = len(images), images.to(device).float()
     stored = torch.rand(n, generator=generator) < 1 / 4
     if stored.any():
-        images = images.clone()
-        images[stored] = compress(images[stored], int(torch.randint(15, 75, (1,), generator=generator)))
-    images = images.to(device).float() / 255
+        quality = _uniform((n,), 15, 75, generator).round()
+        images[stored] = compress(images[stored], quality[stored])
+    images /= 255
     coarse = torch.rand(n, generator=generator) < 1 / 4
     if coarse.any():
         coarse_size = int(torch.randint(16, 40, (1,), generator=generator))
@@ -1384,23 +1410,24 @@ def augment_faces(
     images = warp(images, size, generator, degrees=15, shift=0.1, zoom=(0.7, 1.15))
     contrast = _uniform((n, 1, 1, 1), 0.65, 1.35, generator).to(device)
     brightness = _uniform((n, 1, 1, 1), -0.15, 0.15, generator).to(device)
-    side = torch.linspace(0, 1, size)
-    slopes = _uniform((n, 2, 1), -0.3, 0.3, generator) * (side - 0.5)  # (N, 2, size)
-    light = (slopes[:, 0, :, None] + slopes[:, 1, None, :])[:, None].to(device)
+    side = torch.linspace(0, 1, size, device=device)
+    slopes = _uniform((n, 2, 1), -0.3, 0.3, generator).to(device) * (side - 0.5)  # (N, 2, size)
+    light = (slopes[:, 0, :, None] + slopes[:, 1, None, :])[:, None]
     means = images.mean((1, 2, 3), keepdim=True)
     images = ((images - means) * contrast + means + brightness + light).clamp(0, 1)
-    center, radius = _uniform((n, 2, 1), 0.45, 0.55, generator), _uniform((n, 2, 1), 0.38, 0.55, generator)
+    center = _uniform((n, 2, 1), 0.45, 0.55, generator).to(device)
+    radius = _uniform((n, 2, 1), 0.38, 0.55, generator).to(device)
     distance = ((side - center) / radius).square()
     outside = (distance[:, 0, :, None] + distance[:, 1, None, :])[:, None] > 1
-    outside &= torch.rand((n, 1, 1, 1), generator=generator) < 1 / 8
-    level = _uniform((n, 1, 1, 1), -1, 1, generator).clamp(0, 1)  # black for half of them
-    images = torch.where(outside.to(device), level.to(device), images)
+    outside &= (torch.rand((n, 1, 1, 1), generator=generator) < 1 / 8).to(device)
+    level = _uniform((n, 1, 1, 1), -1, 1, generator).clamp(0, 1).to(device)  # black for half of them
+    images = torch.where(outside, level, images)
     images = (images - GRAY_MEAN) / GRAY_STD
     center, half = _uniform((n, 2, 1), 0, 1, generator), _uniform((n, 2, 1), 0.1, 0.25, generator)
     half *= torch.rand((n, 1, 1), generator=generator) < 0.5  # the other half stays whole
-    covers = (side - center).abs() < half  # (N, 2, size)
+    covers = (side - center.to(device)).abs() < half.to(device)  # (N, 2, size)
     hole = covers[:, 0, :, None] & covers[:, 1, None, :]
-    return images.masked_fill(hole[:, None].to(device), 0)
+    return images.masked_fill(hole[:, None], 0)
 
 
 def normalize_faces(images: Tensor, size: int) -> Tensor:
@@ -1442,7 +1469,7 @@ def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
 
 
 class FaceBatches:
-    """Labelled faces that stay in memory as uint8 and are fed in augmented batches.
+    """Labelled faces that stay in the device's memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
 
@@ -1472,8 +1499,8 @@ class FaceBatches:
         mixup: float = 0.0,
         seed: int = 0,
     ):
-        self.images, self.labels, self.device = images, labels, device
-        self.targets = labels if targets is None else targets
+        self.images, self.labels, self.device = images.to(device), labels, device
+        self.targets = (labels if targets is None else targets).to(device)
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.balance, self.groups, self.weights = balance, labels if groups is None else groups, weights
         self.mixup = mixup
@@ -1490,7 +1517,7 @@ class FaceBatches:
         order = epoch_order(self.groups, self.balance, generator, self.weights)
         for indices in split_batches(order, self.batch_size):
             images = augment_faces(self.images[indices], self.image_size, generator, self.device)
-            targets = self.targets[indices].to(self.device)
+            targets = self.targets[indices]
             if self.mixup:
                 share = random.beta(self.mixup, self.mixup)
                 images, targets = (share * part + (1 - share) * part.roll(1, 0) for part in (images, targets))
@@ -1501,7 +1528,7 @@ class FaceBatches:
         for images, labels in zip(
             self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True
         ):
-            yield normalize_faces(images.to(self.device), self.image_size), labels.to(self.device)
+            yield normalize_faces(images, self.image_size), labels
 
 
 # --- judging ---
@@ -2041,6 +2068,9 @@ class Run:
 # --- training ---
 
 
+LOSS_EVERY = 20  # steps between two looks at the loss
+
+
 class Schedule(NamedTuple):
     """How a run trains."""
 
@@ -2086,12 +2116,11 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
     import torch
 
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    )
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, fused=trained[0].is_cuda)
 
 
 def average_weights(net: nn.Module, decay: float) -> AveragedModel:
@@ -2102,10 +2131,12 @@ def average_weights(net: nn.Module, decay: float) -> AveragedModel:
     """
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    def update(averaged: list[Tensor], current: list[Tensor], steps: Tensor) -> None:
-        get_ema_multi_avg_fn(min(decay, (1 + int(steps)) / (10 + int(steps))))(averaged, current, steps)
+    def update(averages: list[Tensor], current: list[Tensor], _: Tensor) -> None:
+        steps = int(averaged.n_averaged)  # stays on the CPU: to read it, a GPU need not stop
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averages, current, averaged.n_averaged)
 
-    return AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    averaged = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    return averaged
 
 
 def train_epoch(
@@ -2126,14 +2157,13 @@ def train_epoch(
     import torch
 
     train_mode(net)
-    start, seen, total_loss = time.perf_counter(), 0, 0.0
+    start, seen, total_loss, mean_loss = time.perf_counter(), 0, 0.0, math.nan
     title = f"epoch {epoch}/{schedule.epochs}"
     with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
-        for inputs, targets in data.train(epoch):
-            middle = (seen + len(inputs) / 2) / len(
-                data
-            )  # of this step: neither the first nor the last is of 0
-            lr = learning_rate((epoch - 1 + middle) / schedule.epochs, schedule.lr)
+        for step, (inputs, targets) in enumerate(data.train(epoch), start=1):
+            # The middle of this step, so that neither the first nor the last has a learning rate of 0.
+            progress = epoch - 1 + (seen + len(inputs) / 2) / len(data)
+            lr = learning_rate(progress / schedule.epochs, schedule.lr)
             seen += len(inputs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -2144,15 +2174,16 @@ def train_epoch(
             optimizer.zero_grad()
             if averaged:
                 averaged.update_parameters(net)
-            total_loss += loss.item() * len(inputs)
-            if not math.isfinite(total_loss):
-                raise ValueError(
-                    f"the loss is {loss.item()} in epoch {epoch}; try a lower --lr than {schedule.lr}"
-                )
+            total_loss += loss.detach() * len(inputs)
+            if step % LOSS_EVERY == 0 or seen == len(data):  # a GPU has to be waited for
+                mean_loss = float(total_loss) / seen
+                bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+                if not math.isfinite(mean_loss):
+                    message = f"the loss is {mean_loss} in epoch {epoch}; try a lower --lr than {schedule.lr}"
+                    raise ValueError(message)
             bar.update(len(inputs))
-            bar.set_postfix(loss=f"{total_loss / seen:.4f}", refresh=False)
     speed = seen / (time.perf_counter() - start)
-    return {"epoch": epoch, "lr": lr, "train_loss": total_loss / seen, "images_per_s": speed}
+    return {"epoch": epoch, "lr": lr, "train_loss": mean_loss, "images_per_s": speed}
 
 
 def fit(
