@@ -36,6 +36,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -44,15 +45,21 @@ import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.client import HTTPException
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.request import Request, getproxies, proxy_bypass
 
+import certifi
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from urllib3 import HTTPResponse, Retry
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import DecodeError, HTTPError, InvalidHeader, LocationParseError, ProtocolError
+from urllib3.util import Url, make_headers, parse_url
 
 import model as shared
 
@@ -61,12 +68,10 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from selenium.webdriver import Chrome
-    from urllib3 import HTTPResponse
-    from urllib3.util import Url
 
     # (url, fields) -> what a public API answers; None: it has no more
     Ask = Callable[[str, dict], dict | None]
-    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
+    SearchFor = Callable[["Query"], Iterator["Result"]]
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -114,7 +119,7 @@ class Query(NamedTuple):
 class Result(NamedTuple):
     """A picture that an engine found; unknown fields are empty."""
 
-    url: str
+    url: str  # empty too where an engine shows a picture without its address
     page: str = ""
     title: str = ""
     license: str = ""
@@ -149,9 +154,6 @@ def is_public(address: str) -> bool:
 
 def parse_http_url(url: str) -> Url:
     """Split and normalise a URL, international names included; raises Refusal unless it is http or https."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
     try:
         parts = parse_url(url)
     except LocationParseError:
@@ -179,6 +181,12 @@ def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.soc
     return socket.create_connection((last, port), timeout_s / len(addresses))
 
 
+def shut_down(connection: socket.socket) -> None:
+    """End a connection for whoever reads from it in another thread."""
+    with contextlib.suppress(OSError):  # it has ended already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def read_proxies() -> dict[str, Url]:
     """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
     proxies = {}
@@ -191,18 +199,27 @@ def read_proxies() -> dict[str, Url]:
     return proxies
 
 
-def shut_down(connection: socket.socket) -> None:
-    """Wake whoever reads from a connection with its end."""
-    with contextlib.suppress(OSError):  # it has ended already
-        connection.shutdown(socket.SHUT_RDWR)
+def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
+    """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
+    if location := response.get_redirect_location():
+        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
+            location = location.encode("latin-1").decode()
+        return b"", location
+    if response.status != 200:
+        is_passing = response.status in (408, 429) or response.status >= 500
+        raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
+    announced_bytes = response.length_remaining or 0
+    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
+        raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
+    return body, ""
 
 
 class Downloader:
     """Fetches over http and https what strangers serve, from several threads at once.
 
-    urllib3 makes the requests, also through a proxy, and decodes the answers. But each address is checked
-    before it is connected to, the name is not resolved again, so that a name server cannot change its mind in
-    between, and one deadline holds for the whole of a request; so the sockets and redirects are our own.
+    urllib3 makes the requests, also through a proxy, and decodes the answers. The sockets and redirects are
+    our own: each address is checked, that very address is connected to, so that a name server cannot change
+    its mind in between, and one deadline holds for the whole of a request.
 
     Args:
         timeout_s: seconds for one request.
@@ -214,11 +231,6 @@ class Downloader:
     """
 
     def __init__(self, timeout_s: float, retries: int, allow_private: bool, contact: str | None):
-        import ssl
-
-        import certifi
-        from urllib3.util import make_headers
-
         self.timeout_s, self.retries, self.allow_private = timeout_s, retries, allow_private
         agent = f"emotion-detector/1.0 ({contact or 'data for research'})"
         self.headers = make_headers(user_agent=agent, accept_encoding=True)  # what urllib3 can decode here
@@ -277,11 +289,6 @@ class Downloader:
 
     def _exchange(self, url: Url, headers: dict[str, str], cookies: CookieJar) -> tuple[bytes, str]:
         """Make one request; return the body, or where it is redirected to."""
-        from http.client import HTTPException
-        from ssl import SSLCertVerificationError
-
-        from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
-
         request = Request(url.url, headers={**self.headers, **headers, "Host": url.netloc})
         cookies.add_cookie_header(request)
         with self._slots.setdefault(url.host, threading.Semaphore(PER_HOST)):
@@ -291,10 +298,11 @@ class Downloader:
             try:
                 with self._asked(url, dict(request.header_items())) as response:
                     cookies.extract_cookies(response, request)
-                    if rest_s := read_retry_after(response):
-                        self._rests[url.host] = time.monotonic() + rest_s
+                    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or no such
+                        if rest_s := Retry().get_retry_after(response):
+                            self._rests[url.host] = time.monotonic() + rest_s
                     return read_answer(response)
-            except SSLCertVerificationError as error:
+            except ssl.SSLCertVerificationError as error:
                 raise Refusal("not allowed", f"TLS certificate: {error.verify_message}") from None
             except DecodeError:
                 raise Refusal("no image", "not encoded as it says") from None
@@ -307,9 +315,6 @@ class Downloader:
     @contextlib.contextmanager
     def _asked(self, url: Url, headers: dict[str, str]) -> Iterator[HTTPResponse]:
         """Connect to a URL's host, or its proxy, and ask for it; yield the answer, its body not read yet."""
-        from urllib3.connection import HTTPConnection, HTTPSConnection
-        from urllib3.util import make_headers
-
         end = time.monotonic() + self.timeout_s
         host, port, target = url.host.strip("[]"), url.port or PORTS[url.scheme], url.request_uri
         proxy = None if proxy_bypass(url.netloc) else self._proxies.get(url.scheme)
@@ -349,31 +354,6 @@ class Downloader:
             connection.close()
             if time.monotonic() >= end or self._is_closed.is_set():
                 raise TimeoutError(f"not done after {self.timeout_s:g} s")
-
-
-def read_retry_after(response: HTTPResponse) -> float:
-    """Return for how many seconds a server wants no further request, 0 if it does not say."""
-    from urllib3 import Retry
-    from urllib3.exceptions import InvalidHeader
-
-    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or one that cannot be
-        return Retry().get_retry_after(response) or 0
-    return 0
-
-
-def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
-    """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
-    if location := response.get_redirect_location():
-        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
-            location = location.encode("latin-1").decode()
-        return b"", location
-    if response.status != 200:
-        is_passing = response.status in (408, 429) or response.status >= 500
-        raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
-    announced_bytes = response.length_remaining or 0
-    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
-        raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
-    return body, ""
 
 
 # --- pictures ---
@@ -775,20 +755,19 @@ def collect(
             future.cancel()
 
 
-def new_results(
-    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
-) -> Iterator[Result]:
+def new_results(found: Iterator[Result], known: set[str], barred: set[str], text: str) -> Iterator[Result]:
     """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
-    count = Counter()
+    total = num_lost = 0
     try:
         for result in found:
-            count[bool(result)] += 1
-            if result and result.url not in known and url_digest(result.url) not in barred:
+            total += 1
+            num_lost += not result.url
+            if result.url not in {"", *known} and url_digest(result.url) not in barred:
                 known.add(result.url)
                 yield result
     finally:
-        if count[False]:
-            message = f"{text}: {count[False]} of {count.total()} results have no address and are left out"
+        if num_lost:
+            message = f"{text}: {num_lost} of {total} results have no address and are left out"
             print(shared.printable(message), file=sys.stderr)
 
 
@@ -849,25 +828,6 @@ def work_off(
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
-# What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
-TILE = 'div[data-attrid="images universal"][data-docid]'
-# Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
-# fields are the same in all languages; the words are for the day when they change.
-REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
-REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
-REJECT_WORDS = (
-    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
-)
-REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
-CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
-# Further results are asked for at the page's end, in ways that have changed with the years.
-MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
-MORE_WORDS = (
-    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
-)
-MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
-MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
-MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -877,43 +837,6 @@ TROUBLE = {
 GROW_WAIT_S = 3.0  # how long a page may take to show something, or more after scrolling
 CLICK_WAIT_S = 1.0  # how long a tile may take to show its link after a click
 SOLVE_WAIT_S = 600.0  # how long somebody may take to solve a captcha
-
-# Keeps the bodies of what the page fetches; later results come that way.
-KEEP_BODIES = """(() => {
-  window.keptBodies = [];
-  const keep = (text) => window.keptBodies.push(text);
-  const fetchAsBefore = window.fetch;
-  window.fetch = async (...args) => {
-    const response = await fetchAsBefore(...args);
-    response.clone().text().then(keep, () => {});
-    return response;
-  };
-  const sendAsBefore = XMLHttpRequest.prototype.send;
-  XMLHttpRequest.prototype.send = function (...args) {
-    this.addEventListener('load', () => {
-      if (['', 'text'].includes(this.responseType)) keep(this.responseText);
-    });
-    return sendAsBefore.apply(this, args);
-  };
-})()"""
-# Returns the tiles and the bodies kept since the last look.
-LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
-  docid: tile.dataset.docid,
-  page: tile.dataset.lpage || '',
-  link: tile.querySelector('a[href*="/imgres?"]')?.href || '',
-  thumbnail: tile.querySelector('img')?.src || '',
-  title: tile.querySelector('img')?.alt || '',
-}})), (window.keptBodies || []).splice(0)]"""
-IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
-CLICK = f"""const [selector, words] = arguments, called = new RegExp(`^(${{words}})$`, 'i');
-const controls = `${{selector}}, button, a, [role=button], [type=button], [type=submit]`;
-const control = [...document.querySelectorAll(controls)].find(
-  (found) => found.checkVisibility() && !found.closest('{TILE}') && (found.matches(selector) ||
-    called.test((found.ariaLabel || found.value || found.textContent).trim())));
-control?.click();
-return Boolean(control);"""
-CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
-(tile?.querySelector('a, img') || tile)?.click()"""
 
 
 def google_url(text: str, filters: dict[str, str]) -> str:
@@ -952,20 +875,19 @@ def parse_records(text: str) -> dict[str, Result]:
             origins = [part["2003"] for part in record if isinstance(part, dict) and part.get("2003")]
             page, title = origins[0][2:4] if origins else ("", "")
             if record[3][0].startswith("http"):
-                records[match[1]] = Result(to_text(record[3][0]), to_text(page), to_text(title))
+                records[match[1]] = Result(*map(to_text, (record[3][0], page, title)))
     return records
 
 
 @contextlib.contextmanager
 def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
-    """Start Chromium, and close it whatever happens.
+    """Start Chromium, ready for `Google`, and close it whatever happens.
 
     It says truly what it is: neither its user agent nor navigator.webdriver is touched. Raises ValueError if
     there is none, or it ends.
     """
     from selenium import webdriver
     from selenium.common.exceptions import SessionNotCreatedException, WebDriverException
-    from urllib3.exceptions import HTTPError
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -993,15 +915,13 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
         options.add_argument(f"--user-data-dir={(profile or Path(folder)).absolute()}")
         try:
             driver = webdriver.Chrome(options, service)
-            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEEP_BODIES})
+            script = (shared.RESOURCES / "google_images.js").read_text(encoding="utf-8")
+            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
             yield driver
         except SessionNotCreatedException as error:
             reason = " ".join(error.msg.partition("; For documentation")[0].split())
-            remedy = (
-                f"{driver_path} and it must be of one version"
-                if "only supports" in reason
-                else "try it by hand"
-            )
+            is_other = "only supports" in reason
+            remedy = f"{driver_path} and it must be of one version" if is_other else "try it by hand"
             raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
@@ -1013,20 +933,11 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             signal.signal(signal.SIGTERM, terminate)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
-    """Wait until something holds; return whether it does."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 class Google:
     """Searches Google Images in a running browser, the way a person would: open, scroll, click.
 
     Args:
+        driver: of `open_browser`.
         filters: google_images_download's names and values.
         is_watched: somebody sees the browser, and can solve a captcha.
     """
@@ -1037,82 +948,77 @@ class Google:
         self.tiles: dict[str, dict] = {}
 
     def search(self, query: Query) -> Iterator[Result]:
-        """Find results, up to the limit; raises ValueError if Google shows something else."""
-        return itertools.islice(filter(None, self._find(query)), query.limit)
+        """Find results in order, up to the limit; raises ValueError if Google shows another page."""
+        found = (result for result in self._find(query.text) if result.url)
+        return itertools.islice(found, query.limit)
 
-    def _find(self, query: Query) -> Iterator[Result | None]:
-        """Find results in the page's order, None for those that have no address."""
-        self.driver.get(google_url(query.text, self.filters))
-        if self._reach_results() == "empty":
+    def _find(self, text: str) -> Iterator[Result]:
+        self.driver.get(google_url(text, self.filters))
+        if not self._reach_results():
             return
         self.records, self.tiles, found = parse_records(self.driver.page_source), {}, set()
-        is_more = bool(self._look())
+        is_more = self._look() > 0
         while is_more:
             for docid in [docid for docid in self.tiles | self.records if docid not in found]:
                 found.add(docid)
                 yield self._resolve(docid)
             is_more = self._grow(len(found))
 
-    def _grow(self, count: int) -> bool:
-        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
-        self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-        if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
+    def _run(self, name: str, *args: str) -> object:
+        """Call a function of google_images.js."""
+        return self.driver.execute_script(f"return googleImages.{name}(...arguments)", *args)
+
+    def _wait_until(self, condition: Callable[[], object], timeout_s: float) -> bool:
+        """Wait until something holds; return whether it does."""
+        from selenium.common.exceptions import TimeoutException
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        try:
+            return bool(WebDriverWait(self.driver, timeout_s, 0.1).until(lambda _: condition()))
+        except TimeoutException:
             return False
-        return wait_until(lambda: self._look() > count, GROW_WAIT_S)
 
     def _state(self) -> str:
-        """Return what the browser shows: results, consent, captcha, wall (JavaScript is wanted), or empty."""
-        url = urlsplit(self.driver.current_url)
-        if url.path.startswith("/sorry/") or self._is_visible("#captcha-form"):
-            return "captcha"
-        if (url.hostname or "").startswith("consent.") or self._is_visible(CONSENT):
-            return "consent"
-        if url.path.startswith("/httpservice/retry/enablejs"):
-            return "wall"
-        if self._is_visible(TILE) or RECORD_START.search(self.driver.page_source):
-            return "results"
-        return "empty"
-
-    def _is_visible(self, selector: str) -> bool:
-        """Return whether an element of the page that fits is visible."""
-        return self.driver.execute_script(IS_VISIBLE, selector)
-
-    def _click(self, selector: str, words: str) -> bool:
-        """Click on the first visible control that fits or bears some words; return whether there is one."""
-        return self.driver.execute_script(CLICK, selector, words)
+        """Return what the browser shows: results, empty, or one of TROUBLE."""
+        state = self._run("state")
+        return "results" if state == "empty" and RECORD_START.search(self.driver.page_source) else state
 
     def _refuse_cookies(self) -> None:
-        """Answer with no if the browser shows the question."""
         if self._state() == "consent":
-            wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
-            wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
+            self._wait_until(lambda: self._run("rejectCookies"), GROW_WAIT_S)
+            self._wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
 
-    def _reach_results(self) -> str:
-        """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
+    def _reach_results(self) -> bool:
+        """Get past the consent page, or with somebody's help a captcha; return whether there are results."""
         self._refuse_cookies()
-        if self._state() == "captcha" and self.is_watched:
+        if self.is_watched and self._state() == "captcha":
             print("solve the captcha in the browser's window, the search then goes on", file=sys.stderr)
-            wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
+            self._wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
             self._refuse_cookies()
-        if self._state() == "empty":  # or not complete yet
-            wait_until(lambda: self._state() != "empty", GROW_WAIT_S)
+        self._wait_until(lambda: self._state() != "empty", GROW_WAIT_S)  # it may be incomplete
         state = self._state()
         if state in TROUBLE:
             raise ValueError(
                 f"Google {TROUBLE[state]}; what is downloaded is kept. Run the command again in some hours, "
                 "or with --headful --profile DIR to solve it in the window, or with --engine openverse"
             )
-        return state
+        return state == "results"
 
     def _look(self) -> int:
         """Take in what the page shows and has fetched; return the number of results known by now."""
-        tiles, bodies = self.driver.execute_script(LOOK)
+        tiles, bodies = self._run("look")
         self.tiles |= {tile["docid"]: tile for tile in tiles}
         for body in bodies:
             self.records |= parse_records(body)
         return len(self.tiles | self.records)
 
-    def _resolve(self, docid: str) -> Result | None:
+    def _grow(self, count: int) -> bool:
+        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
+        self._run("scrollToEnd")
+        is_moving = self._wait_until(lambda: self._look() > count or self._run("askForMore"), GROW_WAIT_S)
+        return is_moving and self._wait_until(lambda: self._look() > count, GROW_WAIT_S)
+
+    def _resolve(self, docid: str) -> Result:
         """Get a result from its record, else its link, after a click if need be, else its thumbnail."""
 
         def is_known() -> bool:
@@ -1120,8 +1026,8 @@ class Google:
             return docid in self.records or bool(self.tiles[docid]["link"])
 
         if docid not in self.records and not is_known():
-            self.driver.execute_script(CLICK_TILE, docid)
-            wait_until(is_known, CLICK_WAIT_S)
+            self._run("clickTile", docid)
+            self._wait_until(is_known, CLICK_WAIT_S)
         if docid in self.records:
             return self.records[docid]
         tile = self.tiles[docid]
@@ -1129,24 +1035,19 @@ class Google:
         title = to_text(tile["title"])
         if "imgurl" in fields:
             return Result(fields["imgurl"], fields.get("imgrefurl", ""), title)
-        if tile["thumbnail"].startswith("http"):
-            return Result(tile["thumbnail"], tile["page"], title, is_thumbnail=True)
-        return None
+        thumbnail = tile["thumbnail"] if tile["thumbnail"].startswith("http") else ""
+        return Result(thumbnail, tile["page"], title, is_thumbnail=True)
 
 
 # --- other engines ---
 
 
-class RateLimit:
-    """Keeps calls at least `delay_s` seconds apart."""
-
-    def __init__(self, delay_s: float):
-        self.delay_s, self._next = delay_s, 0.0
-
-    def wait(self) -> None:
-        """Wait for one's turn."""
-        time.sleep(max(self._next - time.monotonic(), 0))
-        self._next = time.monotonic() + self.delay_s
+def take_turns(delay_s: float) -> Iterator[None]:
+    """Return from each `next` at least `delay_s` seconds after the one before."""
+    while True:
+        end = time.monotonic() + delay_s
+        yield
+        time.sleep(max(end - time.monotonic(), 0))
 
 
 def read_openverse(found: dict) -> Result:
@@ -1185,25 +1086,21 @@ def search_commons(text: str, ask: Ask) -> Iterator[dict]:
             batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield from sorted(
-                batch.values(), key=lambda page: str(page.get("index")).zfill(6)
-            )  # by relevance
+            yield from sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # relevance
             batch = {}
 
 
-API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
+APIS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
 
 
-def search_api(
-    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
-) -> Iterator[Result | None]:
+def search_api(name: str, downloader: Downloader, turns: Iterator[None], query: Query) -> Iterator[Result]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
     token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
     last = None
 
     def ask(url: str, fields: dict) -> dict | None:
         nonlocal last
-        rate_limit.wait()
+        next(turns)
         try:
             answer = json.loads(downloader.get(f"{url}?{urlencode(fields)}", token=token))
             trouble = answer.get("error") or answer.get("errors") or answer.get("detail")
@@ -1218,32 +1115,30 @@ def search_api(
             raise ValueError(
                 f"{name} does not answer ({str(trouble)[:200]}); run the command again later to go on"
             )
-        if answer == last:  # it repeats itself
-            return None
-        last = answer
-        return answer
+        is_repeated, last = answer == last, answer
+        return None if is_repeated else answer
 
-    search, read = API_PARTS[name]
+    search, read = APIS[name]
     try:
         for found in search(query.text, ask):
-            result = None
+            result = Result("")
             with contextlib.suppress(LookupError, TypeError, AttributeError):
                 result = read(found)
-            yield result if result and result.url else None
+            yield result
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
+def search_ddgs(backend: str, turns: Iterator[None], query: Query) -> Iterator[Result]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
     from ddgs import DDGS
     from ddgs.exceptions import DDGSException
 
     urls = set()
     for page in itertools.count(1):
-        rate_limit.wait()
+        next(turns)
         try:
             found = DDGS().images(query.text, backend=backend, page=page, max_results=None)
         except DDGSException as error:
@@ -1251,10 +1146,10 @@ def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[R
                 return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
         results = [Result(*(to_text(row.get(name)) for name in ("image", "url", "title"))) for row in found]
-        if not {result.url for result in results} - urls:
+        if urls.issuperset(result.url for result in results):
             return
-        urls |= {result.url for result in results}
-        yield from (result if result.url else None for result in results)
+        urls.update(result.url for result in results)
+        yield from results
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -1268,16 +1163,12 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
             number += 1
             if line.startswith("{"):
                 record = json.loads(line)
-                if record["status"] != "kept":
-                    continue
-                label, text = record["label"], record["query"]
-                result = read_result({name: record[name] for name in Result._fields})
+                if record["status"] == "kept":
+                    result = read_result({name: record[name] for name in Result._fields})
+                    results[check_label(record["label"]), record["query"]].append(result)
             elif line.strip():
                 label, url = line.split()
-                text, result = path.name, Result(url)
-            else:
-                continue
-            results[check_label(label), text].append(result)
+                results[check_label(label), path.name].append(Result(url))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
@@ -1315,17 +1206,17 @@ def open_engine(
         listed: what `read_list` returns, for urls.
         filters: and what follows, for Google.
     """
-    rate_limit = RateLimit(delay_s)
+    turns = take_turns(delay_s)
     if name == "google":
         with open_browser(profile, headful) as driver:
             google = Google(driver, filters, headful)
-            yield lambda query: rate_limit.wait() or google.search(query)
+            yield lambda query: next(turns) or google.search(query)
     elif name == "urls":
         yield lambda query: iter(listed[query.label, query.text][: query.limit])
-    elif name in ("duckduckgo", "bing"):
-        yield functools.partial(search_ddgs, name, rate_limit)
+    elif name in APIS:
+        yield functools.partial(search_api, name, downloader, turns)
     else:
-        yield functools.partial(search_api, name, downloader, rate_limit)
+        yield functools.partial(search_ddgs, name, turns)
 
 
 # --- report ---
