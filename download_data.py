@@ -463,8 +463,9 @@ def check_label(label: object) -> str:
 
 def check_texts(*values: object) -> None:
     """Raise ValueError if one of some values is no text."""
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError("not a text")
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{str(value)[:50]!r} is no text")
 
 
 def read_result(fields: dict) -> Result:
@@ -472,8 +473,7 @@ def read_result(fields: dict) -> Result:
     result = Result(**fields)
     check_texts(result.url, result.page, result.title, result.license, result.sha256)
     left, top, right, bottom = result.face_box or (0, 0, 0, 0)
-    is_box = -1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6
-    if not is_box or not result.url.encode():
+    if not (-1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6 and result.url.encode()):
         raise ValueError("no box, or no URL")
     return result
 
@@ -497,8 +497,7 @@ class DataSet:
 
     def __init__(self, folder: Path, shorter_side: int | None):
         self.folder, self.shorter_side = folder, shorter_side
-        self.journal = folder / "manifest.jsonl"
-        self.incoming = folder / ".incoming"
+        self.journal, self.incoming = folder / "manifest.jsonl", folder / ".incoming"
         named = folder if folder.name not in ("", "..") else folder.resolve()
         self.sheets = named.with_name(f"{named.name}_sheets")
         refuse_links(self.journal, self.incoming)
@@ -532,34 +531,32 @@ class DataSet:
 
     def _take_in(self, record: dict) -> None:
         """Remember a record of the journal; raises some error if it is not one that this script writes."""
-        if record["status"] == "removed":
+        status = record["status"]
+        if status == "removed":
             self.removed.append(record)
             self.barred_urls.update(record["url_sha256"])
             for mark in record["pictures"]:
                 self.barred.add(mark)
             return
         key = record["engine"], check_label(record["label"]), record["query"]
-        check_texts(*key, record.get("copy_of", ""))
-        if record["status"] == "searched":
+        check_texts(*key, record.get("copy_of", ""), record.get("detail", ""))
+        if status == "searched":
             if not isinstance(record["asked"], int):
                 raise ValueError("not a number")
             for fields in record["results"]:
                 read_result(fields)
             self.searches[key] = record
             return
-        fields = {name: record[name] for name in Result._fields if name in record}
-        url, sha256 = read_result(fields).url, record.get("sha256", "")
-        if record["status"] == "kept":
+        url = read_result({name: record[name] for name in Result._fields if name in record}).url
+        if status == "kept":
             self.copies.add(record)
-            if not re.fullmatch(rf"{key[1]}/{sha256[:16]}\.\w+", record["file"]):
+            if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
                 raise ValueError("not where a picture of this label belongs")
             self.kept[key[1]].append(record)
-        elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
+        elif status not in ("rejected", "failed") or record["reason"] not in REASONS:
             raise ValueError("no outcome")
-        else:
-            check_texts(record["detail"])
         self.outcomes[*key, url] = record
-        if record["status"] != "failed":
+        if status != "failed":
             self.by_url.setdefault(url, record)
 
     def _append_to_journal(self, record: dict) -> dict:
@@ -633,12 +630,6 @@ class DataSet:
                 raise Refusal("copy", f"of {original['file']}", original)
             raise Refusal("two labels", f"the same as {original['file']}", original)
 
-    def refuse_known(self, url: str, label: str) -> None:
-        """Raise the Refusal of a URL that was settled before, under whatever label."""
-        record = self.by_url[url]
-        self.refuse_copy(label, record.get("sha256") or record.get("copy_of", ""))
-        raise Refusal(record["reason"], record["detail"])
-
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
         """Write down what became of a result: the fields of a kept picture, or why it is refused."""
         record = {"status": "kept"} | {name: search[name] for name in ("label", "query", "engine")}
@@ -697,13 +688,9 @@ class DataSet:
 
 
 def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face: FindFace | None) -> dict:
-    """Examine a downloaded file; return what the journal keeps of a picture.
+    """Examine a downloaded file; return what the journal keeps of a picture, or raise Refusal.
 
-    Args:
-        find_face: None where faces do not matter. A picture that a manifest vouches for is not searched.
-
-    Raises:
-        Refusal: the picture is not to be kept.
+    `find_face` is None where faces do not matter. A picture that a manifest vouches for is not searched.
     """
     import imagehash
 
@@ -715,9 +702,8 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
     dataset.refuse_copy(label, sha256, phash)
-    extension = ".jpg" if dataset.shorter_side else extension
     return {
-        "file": f"{label}/{sha256[:16]}{extension}",
+        "file": f"{label}/{sha256[:16]}{'.jpg' if dataset.shorter_side else extension}",
         "width": photo.width,
         "height": photo.height,
         "bytes": path.stat().st_size,
@@ -725,6 +711,9 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
         "phash": phash,
         "face_box": find_face(photo) if find_face and not result.sha256 else list(result.face_box),
     }
+
+
+# --- collecting ---
 
 
 def collect(
@@ -736,17 +725,17 @@ def collect(
 ) -> None:
     """Settle results of a search, in order, so that chance does not decide which copy is kept.
 
-    Args:
-        fetch: starts a download; the future's result is the file's path, or it raises Refusal.
+    `fetch` starts a download; the future's result is the file's path, or it raises Refusal.
     """
+    label = search["label"]
     futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
         for result in results:
             try:
-                if result.url in dataset.by_url:
-                    dataset.refuse_known(result.url, search["label"])
-                path = futures[result.url].result()
-                outcome = examine(path, search["label"], result, dataset, find_face)
+                if known := dataset.by_url.get(result.url):  # settled before, under whatever label
+                    dataset.refuse_copy(label, known.get("sha256") or known.get("copy_of", ""))
+                    raise Refusal(known["reason"], known["detail"])
+                outcome = examine(futures[result.url].result(), label, result, dataset, find_face)
             except Refusal as refusal:
                 outcome = refusal
             dataset.settle(search, result, outcome)
@@ -762,7 +751,7 @@ def new_results(found: Iterator[Result], known: set[str], barred: set[str], text
         for result in found:
             total += 1
             num_lost += not result.url
-            if result.url not in {"", *known} and url_digest(result.url) not in barred:
+            if result.url and result.url not in known and url_digest(result.url) not in barred:
                 known.add(result.url)
                 yield result
     finally:
@@ -785,7 +774,7 @@ def work_off(
     What was found before a search breaks off is settled too; then its ValueError is raised.
 
     Args:
-        settle: see `collect`.
+        settle: `collect`, given its last three arguments.
         target: pictures of the label to keep; None: settle all that is found.
     """
     key = {"engine": engine, "label": query.label, "query": query.text}
@@ -807,9 +796,10 @@ def work_off(
     is_done = search.get("exhausted") if target else search["asked"] >= query.limit
     if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
         return
-    found = new_results(start_engine()(query), known, dataset.barred_urls, query.text)
     is_exhausted = False
-    with contextlib.closing(found):
+    with contextlib.closing(
+        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
+    ) as found:
         while not is_exhausted and (number := wanted()):
             chunk = []
             try:
@@ -1224,21 +1214,22 @@ def open_engine(
 PER_SHEET = 100  # pictures
 
 
-def draw_contact_sheets(dataset: DataSet, label: str) -> None:
-    """Draw the kept pictures of a label into <folder>_sheets/<label>.png, <label>.2.png and so on.
+def draw_contact_sheets(dataset: DataSet, labels: Iterable[str]) -> None:
+    """Draw the kept pictures of each label into <folder>_sheets/<label>.png, <label>.2.png and so on.
 
     A sheet that shows what it should stays as it is, so that the work does not grow with each run.
     """
-    records = dataset.there(label)
-    for number in itertools.count(1):
-        path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
-        shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
-        if shown:
-            draw_contact_sheet(path, dataset, shown)
-        elif path.exists():
-            path.unlink()
-        else:
-            return
+    for label in labels:
+        records = dataset.there(label)
+        for number in itertools.count(1):
+            path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
+            shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
+            if shown:
+                draw_contact_sheet(path, dataset, shown)
+            elif path.exists():
+                path.unlink()
+            else:
+                break
 
 
 def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) -> None:
@@ -1290,8 +1281,7 @@ def format_table(dataset: DataSet, labels: Sequence[str]) -> list[str]:
 
 def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
     """Draw the contact sheets and print the table, and what was found under two labels."""
-    for label in labels:
-        draw_contact_sheets(dataset, label)
+    draw_contact_sheets(dataset, labels)
     lines = [
         f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}"
         for record in dataset.outcomes.values()
@@ -1313,8 +1303,7 @@ def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
     ]
     lines.append(f"{len(files)} files removed; what was found is barred from {dataset.folder} from now on")
     print(*map(shared.printable, lines), sep="\n")
-    for label in labels:
-        draw_contact_sheets(dataset, label)
+    draw_contact_sheets(dataset, labels)
 
 
 # --- command line ---
@@ -1324,28 +1313,29 @@ EMOTION_QUERIES = shared.RESOURCES / "emotion_queries.json"
 
 def read_emotions(path: Path) -> dict[str, list[str]]:
     """Read which queries stand for which emotion, {label: [main word, synonyms...]}, or raise ValueError."""
+    queries, seen = {}, set()
     try:
-        # As bytes, which may be UTF-8, UTF-16 or UTF-32, with a mark of it or without; objects become tuples.
-        pairs = json.loads(path.read_bytes(), object_pairs_hook=tuple)
-        if not isinstance(pairs, tuple) or not pairs:
-            raise ValueError("no label is in it")
-        for _, texts in pairs:
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        # As bytes, which may be in any Unicode; an object becomes a tuple, in which a label may come twice.
+        for name, texts in json.loads(path.read_bytes(), object_pairs_hook=tuple):
+            label = check_label(name)
+            if label in queries:
+                raise ValueError(f"{label!r} is in it twice")
+            if not isinstance(texts, list) or not texts:
                 raise ValueError(f"{str(texts)[:50]!r} is no list of queries")
-        queries = [
-            (check_label(label), [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts])
-            for label, texts in pairs
-        ]
-        for texts in [label for label, _ in queries], [text.casefold() for _, own in queries for text in own]:
-            [(text, count)] = Counter(texts).most_common(1)
-            if count > 1 or "" in texts:
-                raise ValueError(f"{text!r} is in it {count} times" if count > 1 else "a query is blank")
-            "".join(texts).encode()  # fails for half a character
-        return dict(queries)
-    except (ValueError, RecursionError) as error:
+            check_texts(*texts)
+            queries[label] = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+            for text in queries[label]:
+                text.encode()  # fails for half a character
+                if not text or text.casefold() in seen:
+                    raise ValueError(f"{text!r} is in it twice" if text else "a query is blank")
+                seen.add(text.casefold())
+        if not queries:
+            raise ValueError("no label is in it")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON object of lists of words, like {EMOTION_QUERIES} ({error})"
         ) from None
+    return queries
 
 
 def read_imagenet_labels() -> dict[str, list[str]]:
@@ -1364,15 +1354,6 @@ def list_queries(texts: dict[str, list[str]], limit: int, synonym_limit: int) ->
     return [query for query in queries if query.limit]
 
 
-def choose_labels(queries: Sequence[Query], labels: Sequence[str]) -> list[Query]:
-    """Return the queries for some labels; raises ValueError if a label has none."""
-    known = sorted({query.label for query in queries})
-    for label in labels:
-        if label not in known:
-            raise ValueError(f"no label {label!r}, expected some of: {', '.join(known)[:200]}")
-    return [query for query in queries if query.label in labels]
-
-
 def parse_filter(text: str) -> tuple[str, str]:
     """Split a filter NAME=VALUE."""
     name, _, value = text.partition("=")
@@ -1384,24 +1365,20 @@ def parse_filter(text: str) -> tuple[str, str]:
 def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
     """Add what both data sets understand, with a set's own defaults."""
     add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
+    composed = functools.partial(unicodedata.normalize, "NFC")
     limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
-    target_help = "pictures to keep of each label: look at results of its queries until there are so many"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
     filter_help += f"without it type={kind}"
-    delay_help = "seconds between two requests to a search engine"
     private_help = "download from private and local addresses too, or have a proxy look up the names"
-    workers_help = f"downloads at a time, {PER_HOST} from one host"
     shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
-    composed = functools.partial(unicodedata.normalize, "NFC")
-    labels_help = "download only these; without it all there are"
-    add("--labels", type=composed, nargs="+", metavar="LABEL", help=labels_help)
+    add("--labels", type=composed, nargs="+", metavar="LABEL", help="only these; without it all there are")
     add("--limit", type=positive, metavar="N", help=limit_help)
-    add("--target", type=positive, metavar="N", help=target_help)
+    add("--target", type=positive, metavar="N", help="pictures to keep of each label, then its search ends")
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
-    add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
-    add("--workers", type=positive, default=8, metavar="N", help=workers_help)
+    add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help="seconds between searches")
+    add("--workers", type=positive, default=8, metavar="N", help=f"downloads at a time, {PER_HOST} of a host")
     add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help="seconds for a download")
     add("--retries", type=natural, default=2, metavar="N", help="further tries if a server does not answer")
     add("--allow-private", action="store_true", help=private_help)
@@ -1455,8 +1432,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         limit = args.limit or (sys.maxsize if args.target else args.default_limit)
         synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
         queries = list_queries(texts, limit, synonym_limit)
-    if args.labels:
-        queries = choose_labels(queries, args.labels)
+    known = sorted({query.label for query in queries})
+    for label in args.labels or ():
+        if label not in known:
+            raise ValueError(f"no label {label!r}, expected some of: {', '.join(known)[:200]}")
+    queries = [query for query in queries if query.label in (args.labels or known)]
     labels = list(dict.fromkeys(query.label for query in queries))
     filters = {"type": args.kind, **dict(args.filter or [])}
     check_engine(args.engine, filters, args.headful)
