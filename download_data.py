@@ -42,6 +42,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -53,6 +54,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.request import Request, getproxies, proxy_bypass
 
 import certifi
+import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -392,37 +394,27 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
 
 
 class CopyFinder:
-    """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
-
-    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts. Part
-    n has the digits n, n + NEAR_BITS + 1 and so on.
-    """
+    """Finds pictures that are the same, to the byte or to the eye."""
 
     def __init__(self):
-        self._records = []
-        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
-
-    def _keys(self, sha256: str, phash: str) -> list[object]:
-        """Return what a picture and each of its copies may have in common."""
-        parts = range(NEAR_BITS + 1) if phash else ()
-        return [sha256, *((part, phash[part :: NEAR_BITS + 1]) for part in parts)]
+        self._records, self._numbers = [], {}  # by SHA-256: which record it is
+        self._phashes = array("Q")  # of the records, 64 bits each
 
     def add(self, record: dict) -> None:
         """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
         if not re.fullmatch("[0-9a-f]{64} [0-9a-f]{16}", f"{record['sha256']} {record['phash']}"):
             raise ValueError("no hashes")
-        for key in self._keys(record["sha256"], record["phash"]):
-            self._numbers[key].append(len(self._records))
+        self._numbers.setdefault(record["sha256"], len(self._records))
+        self._phashes.append(int(record["phash"], 16))
         self._records.append(record)
 
     def find(self, sha256: str, phash: str = "") -> dict | None:
         """Return the first record of the same picture, or None."""
-        for number in sorted({n for key in self._keys(sha256, phash) for n in self._numbers.get(key, ())}):
-            record = self._records[number]
-            differing_bits = (int(record["phash"], 16) ^ int(phash or "0", 16)).bit_count()
-            if record["sha256"] == sha256 or (phash and differing_bits <= NEAR_BITS):
-                return record
-        return None
+        numbers = [self._numbers[sha256]] if sha256 in self._numbers else []
+        if phash:
+            num_differing = np.bitwise_count(np.asarray(self._phashes) ^ np.uint64(int(phash, 16)))
+            numbers += np.flatnonzero(num_differing <= NEAR_BITS).tolist()
+        return self._records[min(numbers)] if numbers else None
 
 
 # --- data set ---
@@ -848,8 +840,13 @@ def google_url(text: str, filters: dict[str, str]) -> str:
     return f"{GOOGLE}?{urlencode([*fields, ('udm', '2')])}"  # udm=2: the tab of images
 
 
-def to_text(value: object) -> str:
-    """Return a string for what a stranger's JSON has as one: None is empty, half a surrogate pair a ?."""
+def pick(value: object, *path: str | int) -> str:
+    """Return a text from inside a stranger's JSON; "" if it is not there, a ? for half a surrogate pair."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return ""
     return str(value or "").encode(errors="replace").decode()
 
 
@@ -860,12 +857,14 @@ def parse_records(text: str) -> dict[str, Result]:
     """
     records = {}
     for match in RECORD_START.finditer(text):
-        with contextlib.suppress(ValueError, IndexError, TypeError, AttributeError):  # of another shape
+        with contextlib.suppress(ValueError):  # of another shape
             record, _ = json.JSONDecoder().raw_decode(text, match.start())
-            origins = [part["2003"] for part in record if isinstance(part, dict) and part.get("2003")]
-            page, title = origins[0][2:4] if origins else ("", "")
-            if record[3][0].startswith("http"):
-                records[match[1]] = Result(*map(to_text, (record[3][0], page, title)))
+            origin = next(
+                (part["2003"] for part in record if isinstance(part, dict) and "2003" in part), None
+            )
+            url = pick(record, 3, 0)
+            if url.startswith("http"):
+                records[match[1]] = Result(url, pick(origin, 2), pick(origin, 3))
     return records
 
 
@@ -934,8 +933,7 @@ class Google:
 
     def __init__(self, driver: Chrome, filters: dict[str, str], is_watched: bool):
         self.driver, self.filters, self.is_watched = driver, filters, is_watched
-        self.records: dict[str, Result] = {}  # of the present page, by docid
-        self.tiles: dict[str, dict] = {}
+        self.found: dict[str, Result] = {}  # on the present page, by docid
 
     def search(self, query: Query) -> Iterator[Result]:
         """Find results in order, up to the limit; raises ValueError if Google shows another page."""
@@ -946,13 +944,15 @@ class Google:
         self.driver.get(google_url(text, self.filters))
         if not self._reach_results():
             return
-        self.records, self.tiles, found = parse_records(self.driver.page_source), {}, set()
-        is_more = self._look() > 0
+        self.found, passed_on = {}, set()
+        self._look()
+        self.found |= parse_records(self.driver.page_source)
+        is_more = True
         while is_more:
-            for docid in [docid for docid in self.tiles | self.records if docid not in found]:
-                found.add(docid)
+            for docid in [docid for docid in self.found if docid not in passed_on]:
+                passed_on.add(docid)
                 yield self._resolve(docid)
-            is_more = self._grow(len(found))
+            is_more = self._grow(len(passed_on))
 
     def _run(self, name: str, *args: str) -> object:
         """Call a function of google_images.js."""
@@ -997,10 +997,13 @@ class Google:
     def _look(self) -> int:
         """Take in what the page shows and has fetched; return the number of results known by now."""
         tiles, bodies = self._run("look")
-        self.tiles |= {tile["docid"]: tile for tile in tiles}
+        for docid, *texts, is_thumbnail in tiles:
+            tile = Result(*map(pick, texts), is_thumbnail=is_thumbnail)
+            if docid not in self.found or self.found[docid].is_thumbnail:
+                self.found[docid] = tile
         for body in bodies:
-            self.records |= parse_records(body)
-        return len(self.tiles | self.records)
+            self.found |= parse_records(body)
+        return len(self.found)
 
     def _grow(self, count: int) -> bool:
         """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
@@ -1009,24 +1012,16 @@ class Google:
         return is_moving and self._wait_until(lambda: self._look() > count, GROW_WAIT_S)
 
     def _resolve(self, docid: str) -> Result:
-        """Get a result from its record, else its link, after a click if need be, else its thumbnail."""
+        """Return a result; a click on its tile may bring its link. The last resort is the thumbnail."""
 
         def is_known() -> bool:
             self._look()
-            return docid in self.records or bool(self.tiles[docid]["link"])
+            return not self.found[docid].is_thumbnail
 
-        if docid not in self.records and not is_known():
+        if self.found[docid].is_thumbnail and not is_known():
             self._run("clickTile", docid)
             self._wait_until(is_known, CLICK_WAIT_S)
-        if docid in self.records:
-            return self.records[docid]
-        tile = self.tiles[docid]
-        fields = dict(parse_qsl(urlsplit(tile["link"]).query))  # /imgres?imgurl=...&imgrefurl=...
-        title = to_text(tile["title"])
-        if "imgurl" in fields:
-            return Result(fields["imgurl"], fields.get("imgrefurl", ""), title)
-        thumbnail = tile["thumbnail"] if tile["thumbnail"].startswith("http") else ""
-        return Result(thumbnail, tile["page"], title, is_thumbnail=True)
+        return self.found[docid]
 
 
 # --- other engines ---
@@ -1040,33 +1035,22 @@ def take_turns(delay_s: float) -> Iterator[None]:
         time.sleep(max(end - time.monotonic(), 0))
 
 
-def read_openverse(found: dict) -> Result:
-    """Read a result of Openverse."""
-    licence = f"{found['license']} {found['license_version'] or ''}".strip()
-    return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
-
-
-def search_openverse(text: str, ask: Ask) -> Iterator[dict]:
+def search_openverse(text: str, ask: Ask) -> Iterator[Result]:
     """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
         if answer is None or not answer["results"]:
             return
-        yield from answer["results"]
+        for found in answer["results"]:
+            url, origin, title = (pick(found, name) for name in ("url", "foreign_landing_url", "title"))
+            licence = f"{pick(found, 'license')} {pick(found, 'license_version')}".strip()
+            yield Result(url, origin, title, licence)
         num_pages = answer.get("page_count")
         if isinstance(num_pages, int) and page >= num_pages:
             return
 
 
-def read_commons(found: dict) -> Result:
-    """Read a result of Wikimedia Commons, the page of a file."""
-    info = found["imageinfo"][0]
-    licence = ((info.get("extmetadata") or {}).get("LicenseShortName") or {}).get("value")
-    fields = (info["url"], info.get("descriptionurl"), found.get("title"), html.unescape(to_text(licence)))
-    return Result(*map(to_text, fields))
-
-
-def search_commons(text: str, ask: Ask) -> Iterator[dict]:
+def search_commons(text: str, ask: Ask) -> Iterator[Result]:
     """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
     batch, go_on = {}, {}
@@ -1076,11 +1060,14 @@ def search_commons(text: str, ask: Ask) -> Iterator[dict]:
             batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield from sorted(batch.values(), key=lambda page: str(page.get("index")).zfill(6))  # relevance
+            for page in sorted(batch.values(), key=lambda page: pick(page, "index").zfill(6)):  # by relevance
+                url, origin = (pick(page, "imageinfo", 0, name) for name in ("url", "descriptionurl"))
+                licence = pick(page, "imageinfo", 0, "extmetadata", "LicenseShortName", "value")
+                yield Result(url, origin, pick(page, "title"), html.unescape(licence))
             batch = {}
 
 
-APIS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
+APIS = {"openverse": search_openverse, "commons": search_commons}
 
 
 def search_api(name: str, downloader: Downloader, turns: Iterator[None], query: Query) -> Iterator[Result]:
@@ -1108,13 +1095,8 @@ def search_api(name: str, downloader: Downloader, turns: Iterator[None], query: 
         is_repeated, last = answer == last, answer
         return None if is_repeated else answer
 
-    search, read = APIS[name]
     try:
-        for found in search(query.text, ask):
-            result = Result("")
-            with contextlib.suppress(LookupError, TypeError, AttributeError):
-                result = read(found)
-            yield result
+        yield from APIS[name](query.text, ask)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
@@ -1135,7 +1117,7 @@ def search_ddgs(backend: str, turns: Iterator[None], query: Query) -> Iterator[R
             if "No results" in str(error):
                 return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
-        results = [Result(*(to_text(row.get(name)) for name in ("image", "url", "title"))) for row in found]
+        results = [Result(*(pick(row, name) for name in ("image", "url", "title"))) for row in found]
         if urls.issuperset(result.url for result in results):
             return
         urls.update(result.url for result in results)
@@ -1247,11 +1229,9 @@ def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) ->
         draw.text((x, y + cell - 2), Path(record["file"]).stem, "black", font_size=11)
         with contextlib.suppress(shared.PictureError):  # somebody damaged it; its cell stays white
             photo = shared.open_picture(dataset.path(record))
-            width = photo.width
-            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
             if face_box := record.get("face_box"):
-                box = [edge * photo.width / width for edge in face_box]
-                ImageDraw.Draw(photo).rectangle(box, outline="lime")
+                ImageDraw.Draw(photo).rectangle(face_box, outline="lime", width=max(photo.size) // 100 + 1)
+            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
             sheet.paste(photo, (x, y))
     about = PngInfo()
     about.add_text("pictures", names)
@@ -1362,23 +1342,30 @@ def parse_filter(text: str) -> tuple[str, str]:
     return name, value
 
 
-def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
-    """Add what both data sets understand, with a set's own defaults."""
-    add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
+SETS = {  # help, default of --out-dir, default of --limit, type of picture that Google is asked for
+    "emotions": ("photos of emotions with one face each", "data/google", 100, "face"),
+    "imagenet": ("a few photos for each of the 1000 ImageNet classes", "data/imagenet", 5, "photo"),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    add, positive, natural = common.add_argument, shared.number(int, 1), shared.number(int, 0)
     composed = functools.partial(unicodedata.normalize, "NFC")
-    limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
+    target_help = "pictures to keep of each label: look at results of its queries until there are so many"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
-    filter_help += f"without it type={kind}"
+    filter_help += "without it type=face for emotions, type=photo for imagenet"
+    delay_help = "seconds between two requests to a search engine"
+    workers_help = f"downloads at a time, {PER_HOST} from one host"
     private_help = "download from private and local addresses too, or have a proxy look up the names"
-    shared.add_options(parser, out_dir=Path(out_dir))
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
     add("--labels", type=composed, nargs="+", metavar="LABEL", help="only these; without it all there are")
-    add("--limit", type=positive, metavar="N", help=limit_help)
-    add("--target", type=positive, metavar="N", help="pictures to keep of each label, then its search ends")
+    add("--target", type=positive, metavar="N", help=target_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
-    add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help="seconds between searches")
-    add("--workers", type=positive, default=8, metavar="N", help=f"downloads at a time, {PER_HOST} of a host")
+    add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
+    add("--workers", type=positive, default=8, metavar="N", help=workers_help)
     add("--timeout", type=shared.number(float, 0.1), default=30.0, metavar="S", help="seconds for a download")
     add("--retries", type=natural, default=2, metavar="N", help="further tries if a server does not answer")
     add("--allow-private", action="store_true", help=private_help)
@@ -1386,20 +1373,14 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     add("--headful", action="store_true", help="show the browser, so that a captcha can be solved in it")
     add("--profile", type=Path, metavar="DIR", help="keep the browser's cookies there; without it nowhere")
     add("--remove", metavar="SHA_OR_URL", help="only take a picture and its copies out of --out-dir for good")
-    parser.set_defaults(default_limit=limit, kind=kind)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = shared.build_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True, metavar="{emotions,imagenet}")
-    add_set = functools.partial(sets.add_parser, formatter_class=shared.HelpFormatter)
-    imagenet = add_set("imagenet", help="a few photos for each of the 1000 ImageNet classes")
-    add_common_options(imagenet, out_dir="data/imagenet", limit=5, kind="photo")
-    imagenet.set_defaults(synonym_limit=0)
-    emotions = add_set("emotions", help="photos of emotions with one face each")
-    add_common_options(emotions, out_dir="data/google", limit=100, kind="face")
-    add, natural = emotions.add_argument, shared.number(int, 0)
+    for name, (about, out_dir, limit, _) in SETS.items():
+        limit_help = f"results to look at for each query; without it {limit}, all of a list or for a target"
+        own = sets.add_parser(name, parents=[common], help=about, formatter_class=shared.HelpFormatter)
+        shared.add_options(own, out_dir=Path(out_dir))
+        own.add_argument("--limit", type=positive, metavar="N", help=limit_help)
+    add = sets.choices["emotions"].add_argument
     file_help = "JSON object, label: [main query, synonyms...]"
     synonym_help = "results to look at for each synonym, 0 for none"
     size_help = "longer side of the smallest face that counts, pixels"
@@ -1408,7 +1389,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--synonym-limit", type=natural, default=30, metavar="N", help=synonym_help)
     add("--min-face-size", type=shared.number(int, 20), default=64, metavar="PX", help=size_help)
     add("--min-face-prob", type=shared.number(float, 0, 1), default=0.95, metavar="X", help=prob_help)
-    shared.add_options(emotions, device="auto")
+    shared.add_options(sets.choices["emotions"], device="auto")
     args = parser.parse_args(argv)
     if args.engine == "urls" and not args.list:
         parser.error("--engine urls needs --list FILE")
@@ -1419,6 +1400,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Search, download, examine and report, going on where an earlier run stopped."""
     args = parse_args(argv)
+    _, _, default_limit, kind = SETS[args.set]
     shorter_side = SHORTER_SIDE if args.set == "imagenet" else None
     if args.remove:
         with shared.only_run_in(args.out_dir):
@@ -1428,17 +1410,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if listed:
         queries = [Query(*key, args.limit or len(results)) for key, results in listed.items()]
     else:
-        texts = read_emotions(args.emotions_file) if args.set == "emotions" else read_imagenet_labels()
-        limit = args.limit or (sys.maxsize if args.target else args.default_limit)
-        synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
-        queries = list_queries(texts, limit, synonym_limit)
+        limit = args.limit or (sys.maxsize if args.target else default_limit)
+        if args.set == "imagenet":
+            queries = list_queries(read_imagenet_labels(), limit, 0)
+        else:
+            synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
+            queries = list_queries(read_emotions(args.emotions_file), limit, synonym_limit)
     known = sorted({query.label for query in queries})
     for label in args.labels or ():
         if label not in known:
             raise ValueError(f"no label {label!r}, expected some of: {', '.join(known)[:200]}")
     queries = [query for query in queries if query.label in (args.labels or known)]
     labels = list(dict.fromkeys(query.label for query in queries))
-    filters = {"type": args.kind, **dict(args.filter or [])}
+    filters = {"type": kind, **dict(args.filter or [])}
     check_engine(args.engine, filters, args.headful)
     downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
     with contextlib.ExitStack() as stack:

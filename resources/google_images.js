@@ -59,14 +59,15 @@ window.googleImages = (() => {
     rejectCookies: () => click(REJECT, REJECT_WORDS),
     scrollToEnd: () => window.scrollTo(0, document.body.scrollHeight),
     askForMore: () => click(MORE, MORE_WORDS),
-    // Return the tiles, and the bodies kept since the last look.
-    look: () => [[...document.querySelectorAll(TILE)].map((tile) => ({
-      docid: tile.dataset.docid,
-      page: tile.dataset.lpage || '',
-      link: tile.querySelector('a[href*="/imgres?"]')?.href || '',
-      thumbnail: tile.querySelector('img')?.src || '',
-      title: tile.querySelector('img')?.alt || '',
-    })), bodies.splice(0)],
+    // Return docid, address, page, title of each tile, and whether the address is a thumbnail's; and the bodies
+    // kept since the last look.
+    look: () => [[...document.querySelectorAll(TILE)].map((tile) => {
+      const link = tile.querySelector('a[href*="/imgres?"]'), image = tile.querySelector('img');
+      const fields = new URLSearchParams(link?.search);  // imgurl=...&imgrefurl=...
+      const thumbnail = image?.src.startsWith('http') ? image.src : '';
+      const page = fields.get('imgrefurl') || tile.dataset.lpage;
+      return [tile.dataset.docid, fields.get('imgurl') || thumbnail, page, image?.alt, !fields.get('imgurl')];
+    }), bodies.splice(0)],
     clickTile: (docid) => {
       const tile = document.querySelector(`${TILE}[data-docid="${docid}"]`);
       (tile?.querySelector('a, img') || tile)?.click();
