@@ -11,9 +11,9 @@ whatever way, goes on from there; no search is made and no picture downloaded a 
 brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
 <out-dir>_sheets/, and train with the photos for research only.
 
-The parts stand in the order in which they are needed: downloading (what strangers serve, fetched safely),
-pictures (decoding, copies, the single face), data set (pictures and their journal), Google (a browser that
-searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
+The parts, each built on those before: downloading (safely, from strangers), pictures (decoding, copies, the
+single face), data set (pictures and their journal), collecting (until there are enough), Google (a browser
+that searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
 
 Usage:
     python download_data.py emotions --limit 100
@@ -44,7 +44,7 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from http.client import HTTPException
 from http.cookiejar import CookieJar
@@ -67,7 +67,6 @@ import model as shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from selenium.webdriver import Chrome
 
@@ -131,12 +130,11 @@ class Result(NamedTuple):
 
 
 class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
-    """A picture is not kept; `reason` is one of REASONS or REMOVED, `detail` says more."""
+    """A picture is not kept; `reason` is one of REASONS or REMOVED, `copy_of` the SHA-256 of the original."""
 
-    def __init__(self, reason: str, detail: str, original: dict | None = None):
+    def __init__(self, reason: str, detail: str, copy_of: str = ""):
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-        self.original = original  # the record of the picture that this one is a copy of
+        self.reason, self.detail, self.copy_of = reason, detail, copy_of
 
 
 # --- downloading ---
@@ -373,10 +371,9 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
     except shared.PictureError as error:
         if error.reason == "too large":
             raise Refusal("too big", f"more than {MAX_PIXELS / 1e6:g} million pixels") from None
-        if error.reason == "damaged":
-            raise Refusal("no image", "damaged") from None
         is_page = path.read_bytes()[:500].lstrip().startswith(b"<")
-        raise Refusal("no image", "a web page" if is_page else "an unknown format") from None
+        unknown = "a web page" if is_page else "an unknown format"
+        raise Refusal("no image", "damaged" if error.reason == "damaged" else unknown) from None
     if min(photo.size) < MIN_SIDE:
         raise Refusal("too small", f"{photo.width}x{photo.height} pixels")
     if all(high - low <= FLAT_LEVELS for low, high in photo.getextrema()):
@@ -455,9 +452,8 @@ def check_label(label: object) -> str:
 
 def check_texts(*values: object) -> None:
     """Raise ValueError if one of some values is no text."""
-    for value in values:
-        if not isinstance(value, str):
-            raise ValueError(f"{str(value)[:50]!r} is no text")
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError("what should be a text is none")
 
 
 def read_result(fields: dict) -> Result:
@@ -504,8 +500,8 @@ class DataSet:
         self.outcomes = {}  # (engine, label, query, url): its record
         self.by_url = {}  # url: the first record that settled it
         self.kept = defaultdict(list)  # label: records
-        self.copies = CopyFinder()  # of what is kept
-        self.removed, self.barred, self.barred_urls = [], CopyFinder(), set()
+        self.copies = CopyFinder()  # of what is kept or removed
+        self.removed, self.barred_urls = [], set()
         data = self.journal.read_bytes() if self.journal.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -528,7 +524,7 @@ class DataSet:
             self.removed.append(record)
             self.barred_urls.update(record["url_sha256"])
             for mark in record["pictures"]:
-                self.barred.add(mark)
+                self.copies.add({"sha256": mark["sha256"], "phash": mark["phash"]})
             return
         key = record["engine"], check_label(record["label"]), record["query"]
         check_texts(*key, record.get("copy_of", ""), record.get("detail", ""))
@@ -616,11 +612,14 @@ class DataSet:
         return path
 
     def refuse_copy(self, label: str, sha256: str, phash: str = "") -> None:
-        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept."""
-        if original := self.copies.find(sha256, phash):
-            if original["label"] == label:
-                raise Refusal("copy", f"of {original['file']}", original)
-            raise Refusal("two labels", f"the same as {original['file']}", original)
+        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept or removed."""
+        original = self.copies.find(sha256, phash)
+        if original and "file" not in original:
+            raise Refusal(REMOVED, "")
+        if original and original["label"] == label:
+            raise Refusal("copy", f"of {original['file']}", original["sha256"])
+        if original:
+            raise Refusal("two labels", f"the same as {original['file']}", original["sha256"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
         """Write down what became of a result: the fields of a kept picture, or why it is refused."""
@@ -632,8 +631,8 @@ class DataSet:
                 return
             record["status"] = "failed" if outcome.reason in (UNREACHABLE, BUSY) else "rejected"
             record |= {"reason": outcome.reason, "detail": outcome.detail}
-            if outcome.original:
-                record["copy_of"] = outcome.original["sha256"]
+            if outcome.copy_of:
+                record["copy_of"] = outcome.copy_of
         else:
             record |= outcome
         self._place(self._append_to_journal(record))
@@ -643,10 +642,9 @@ class DataSet:
 
         Raises ValueError if nothing, or more than one picture, goes by that name.
         """
-        outcomes = list(self.outcomes.values())
-        is_sha = bool(re.fullmatch(r"[0-9a-f]{12,64}", sha_or_url))
-        same = [r for r in outcomes if is_sha and r.get("sha256", "").startswith(sha_or_url)]
-        same += [r for r in outcomes if r["url"] == sha_or_url]
+        is_sha = bool(re.fullmatch("[0-9a-f]{12,64}", sha_or_url))
+        same = [r for r in self.outcomes.values() if is_sha and r.get("sha256", "").startswith(sha_or_url)]
+        same += [r for r in self.outcomes.values() if r["url"] == sha_or_url]
         shas = {r.get("sha256") or r.get("copy_of") for r in same} - {None}
         found = {fields["url"] for search in self.searches.values() for fields in search["results"]}
         urls = {sha_or_url} & found
@@ -655,7 +653,7 @@ class DataSet:
                 f"{self.journal} lists {len(shas)} pictures {sha_or_url}; expected the URL of one, "
                 "or 12 or more digits of its SHA-256, such as the file's name"
             )
-        copies = [r for r in outcomes if r.get("sha256") in shas or r.get("copy_of") in shas]
+        copies = [r for r in self.outcomes.values() if (r.get("sha256") or r.get("copy_of")) in shas]
         kept = [record for record in copies if record["status"] == "kept"]
         files = [path for path in map(self.path, kept) if path.exists()]
         for path in files:
@@ -689,11 +687,9 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
     sha256 = shared.file_digest(path)
     photo, extension = read_photo(path)
     phash = str(imagehash.phash(photo))
-    if dataset.barred.find(sha256, phash):
-        raise Refusal(REMOVED, "")
+    dataset.refuse_copy(label, sha256, phash)
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    dataset.refuse_copy(label, sha256, phash)
     return {
         "file": f"{label}/{sha256[:16]}{'.jpg' if dataset.shorter_side else extension}",
         "width": photo.width,
@@ -772,26 +768,22 @@ def work_off(
     key = {"engine": engine, "label": query.label, "query": query.text}
     search = dataset.searches.get(tuple(key.values()), {**key, "asked": 0, "results": []})
     known = {fields["url"] for fields in search["results"]}
+    is_list = engine == "urls"  # it may have changed, and is read in no time
 
     def missing() -> int:
-        """Return how many pictures more to keep."""
         return max(target - len(dataset.there(query.label)), 0) if target else sys.maxsize
 
     def wanted() -> int:
-        """Return how many results more to ask for."""
-        number = sys.maxsize if engine == "urls" else query.limit - len(known)
-        return max(min(number, missing()), 0)
+        return min(missing(), sys.maxsize if is_list else max(query.limit - len(known), 0))
 
     pending = iter(dataset.pending(search))
     while chunk := list(itertools.islice(pending, missing())):
         settle(search, chunk)
-    is_done = search.get("exhausted") if target else search["asked"] >= query.limit
-    if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
+    is_exhausted = search.get("exhausted") if target else search["asked"] >= query.limit
+    if (is_exhausted and not is_list) or not wanted():
         return
-    is_exhausted = False
-    with contextlib.closing(
-        new_results(start_engine()(query), known, dataset.barred_urls, query.text)
-    ) as found:
+    found, is_exhausted = new_results(start_engine()(query), known, dataset.barred_urls, query.text), False
+    with contextlib.closing(found):
         while not is_exhausted and (number := wanted()):
             chunk = []
             try:
@@ -933,7 +925,7 @@ class Google:
 
     def __init__(self, driver: Chrome, filters: dict[str, str], is_watched: bool):
         self.driver, self.filters, self.is_watched = driver, filters, is_watched
-        self.found: dict[str, Result] = {}  # on the present page, by docid
+        self.found: dict[str, Result] = {}  # by docid
 
     def search(self, query: Query) -> Iterator[Result]:
         """Find results in order, up to the limit; raises ValueError if Google shows another page."""
@@ -1172,17 +1164,14 @@ def open_engine(
     profile: Path | None,
     headful: bool,
 ) -> Iterator[SearchFor]:
-    """Yield the function that searches with one of ENGINES; it waits for its turn by itself.
+    """Yield the function that searches with one of ENGINES, and waits for its turn.
 
-    Args:
-        listed: what `read_list` returns, for urls.
-        filters: and what follows, for Google.
+    `listed`, of `read_list`, is for urls; `filters` and what follows for Google.
     """
     turns = take_turns(delay_s)
     if name == "google":
         with open_browser(profile, headful) as driver:
-            google = Google(driver, filters, headful)
-            yield lambda query: next(turns) or google.search(query)
+            yield lambda query: next(turns) or Google(driver, filters, headful).search(query)
     elif name == "urls":
         yield lambda query: iter(listed[query.label, query.text][: query.limit])
     elif name in APIS:
