@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     # (url, fields) -> what a public API answers; None: it has no more
     Ask = Callable[[str, dict], dict | None]
     SearchFor = Callable[["Query"], Iterator["Result"]]
+    Fetch = Callable[["Result"], Future]  # starts a download; the result is its path, or it raises Refusal
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -705,16 +706,9 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
 
 
 def collect(
-    search: dict,
-    results: Sequence[Result],
-    dataset: DataSet,
-    fetch: Callable[[Result], Future],
-    find_face: FindFace | None,
+    search: dict, results: Sequence[Result], dataset: DataSet, fetch: Fetch, find_face: FindFace | None
 ) -> None:
-    """Settle results of a search, in order, so that chance does not decide which copy is kept.
-
-    `fetch` starts a download; the future's result is the file's path, or it raises Refusal.
-    """
+    """Settle results of a search, in order, so that chance does not decide which copy is kept."""
     label = search["label"]
     futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
@@ -1228,35 +1222,27 @@ def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) ->
         sheet.save(temporary, "PNG", pnginfo=about)
 
 
-def format_table(dataset: DataSet, labels: Sequence[str]) -> list[str]:
-    """Lay out, for each label and in total: results asked for, found, and what became of these."""
-    counts = {label: Counter() for label in labels}
+def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
+    """Draw the contact sheets; print what was found under two labels, and a table of all that was found."""
+    draw_contact_sheets(dataset, labels)
+    lines, counts = [], {label: Counter() for label in labels}
     for search in dataset.searches.values():
         if search["label"] in counts:
             counts[search["label"]] += Counter(asked=search["asked"], found=len(search["results"]))
     for record in dataset.outcomes.values():
         if record["label"] in counts:
             counts[record["label"]][record.get("reason", "kept")] += 1
+            if record.get("reason") == "two labels":
+                found = f"{record['url']} was found for {record['query']!r}"
+                lines.append(f"two labels: {found} and is {record['detail']}")
     for row in counts.values():
         row[NOT_TRIED] = row["found"] - sum(row[name] for name in ("kept", *REASONS))
     total = sum(counts.values(), Counter())
     columns = ["asked", "found", "kept", *(name for name in (*REASONS, NOT_TRIED) if total[name])]
     width = max(map(len, ["label", *labels]))
-    lines = [f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns)]
+    lines.append(f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns))
     for label, row in [*counts.items(), ("total", total)]:
         lines.append(f"{label:{width}}" + "".join(f"  {row[name]:{max(len(name), 5)}}" for name in columns))
-    return lines
-
-
-def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
-    """Draw the contact sheets and print the table, and what was found under two labels."""
-    draw_contact_sheets(dataset, labels)
-    lines = [
-        f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}"
-        for record in dataset.outcomes.values()
-        if record.get("reason") == "two labels" and record["label"] in labels
-    ]
-    lines += format_table(dataset, labels)
     sheets = f", contact sheets to look at in {dataset.sheets}" if dataset.sheets.exists() else ""
     lines.append(f"pictures in {dataset.folder}{sheets}")
     print(*map(shared.printable, lines), sep="\n")
