@@ -79,25 +79,25 @@ def blur_measure(face: Image.Image) -> float:
     return float(laplacian.var())
 
 
-def cut_photo(
-    path: Path, finder: shared.FaceFinder, margin: float, largest_face: bool
-) -> tuple[dict, Image.Image | None]:
-    """Cut a photo to its face, gray, FACE_SIZE pixels.
+def cut_face(
+    path: Path, finder: shared.FaceFinder | None, margin: float, largest_face: bool
+) -> tuple[str, Image.Image | None]:
+    """Return what a photo is, one of OUTCOMES, and the crop of its face, None if the photo is left out.
 
-    Returns:
-        What the index keeps, and the face: None if the photo is left out, for the given `reason`.
+    Without a finder the photo is a face.
     """
     try:
         image = shared.open_picture(path)
     except shared.PictureError:
-        return {"reason": "not readable"}, None
-    faces = finder.find(image)
-    if len(faces.boxes) != 1 and not (largest_face and len(faces.boxes)):
-        return {"reason": "several faces" if len(faces.boxes) else "no face"}, None
-    largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax()
-    [crop] = shared.crop_faces(image, faces.boxes[[largest]], margin)
-    face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
-    return {"reason": None, "blur": round(blur_measure(face), 1)}, face
+        return OUTCOMES[3], None
+    if finder is None:
+        return OUTCOMES[0], image
+    boxes = finder.find(image).boxes
+    if len(boxes) != 1 and not (largest_face and len(boxes)):
+        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None
+    largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
+    [crop] = shared.crop_faces(image, boxes[[largest]], margin)
+    return OUTCOMES[0], crop
 
 
 def cut_photos(
@@ -116,20 +116,14 @@ def cut_photos(
     has a line as soon as a photo is done, so an interrupted run goes on where it was. Crops of photos that
     are gone go too.
 
-    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a PNG below faces_dir),
-    `sha256` of the photo, the `settings`, and what `cut_photo` returns.
+    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a gray PNG of FACE_SIZE
+    below faces_dir), `sha256` of the photo, the `settings`, the `reason` why it is left out or None, and
+    the `blur` of the face.
     """
-    settings = {
-        "margin": margin,
-        "largest_face": largest_face,
-        "min_face_size": finder.min_face_size,
-        "min_prob": finder.min_prob,
-    }
-    paths = {
-        path.relative_to(data_dir).as_posix(): path
-        for name in classes
-        for path in shared.list_images(data_dir / name)
-    }
+    settings = {"margin": margin, "largest_face": largest_face}
+    settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
+    found = itertools.chain.from_iterable(shared.list_images(data_dir / name) for name in classes)
+    paths = {path.relative_to(data_dir).as_posix(): path for path in found}
     faces_dir.mkdir(parents=True, exist_ok=True)
     index_path = faces_dir / "index.jsonl"
     known = read_index(index_path)
@@ -143,21 +137,22 @@ def cut_photos(
             crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
-            found, face = cut_photo(paths[photo], finder, margin, largest_face)
-            if face:
+            outcome, crop = cut_face(paths[photo], finder, margin, largest_face)
+            if crop:
+                face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
                 with shared.replacing(crop_path) as temporary:
                     face.save(temporary, "PNG")
+                known[photo] = {**record, "reason": None, "blur": round(blur_measure(face), 1)}
             else:
                 crop_path.unlink(missing_ok=True)
-            known[photo] = record | found
+                known[photo] = {**record, "reason": outcome}
             try:
                 index.write(f"\n{json.dumps(known[photo])}\n".encode())  # the line before may be cut short
             except OSError as error:
                 raise OSError(f"cannot write {index_path}: {error.strerror}") from None
     with shared.replacing(index_path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8"
-        )
+        lines = (json.dumps(record) + "\n" for record in known.values())
+        temporary.write_text("".join(lines), encoding="utf-8")
     return [known[photo] for photo in wanted]
 
 
@@ -182,23 +177,18 @@ def read_index(path: Path) -> dict[str, dict]:
     return records
 
 
-def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
-    """Return a table of the photos by class, and by the reason why they are left out."""
+def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
+    """Print a table of the photos by class and by what they are, and the first that are not readable."""
     import pandas as pd
 
     table = pd.DataFrame(records)
-    table = pd.crosstab(table["reason"].fillna(OUTCOMES[0]), table["label"])
-    table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
-    table["total"] = table.sum(axis=1)
-    return table.rename_axis(index=None, columns="photos").to_string()
-
-
-def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
-    """Print how many photos there are of what use, and the first that are not readable."""
-    print(count_photos(records, classes))
-    if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
-        names = ", ".join(unreadable[: shared.MAX_NAMED])
-        print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+    table["reason"] = table["reason"].fillna(OUTCOMES[0])
+    counts = pd.crosstab(table["reason"], table["label"])
+    counts = counts.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
+    counts["total"] = counts.sum(axis=1)
+    print(counts.rename_axis(index=None, columns="photos").to_string())
+    if len(unreadable := table["photo"][table["reason"] == OUTCOMES[3]]):
+        print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
 
 
 # --- from faces to train and val ---
@@ -587,19 +577,6 @@ def write_review(
 # --- before and after ---
 
 
-def judge_sets(
-    net: nn.Module, sets: dict[str, shared.FaceBatches], run: shared.Run, temperature: float
-) -> dict[str, dict]:
-    """Return `model.judge`'s figures of a network on each of the sets, for the run's default classes."""
-    chosen = [run.classes.index(name) for name in run.default_classes]
-    results = {}
-    for name, faces in sets.items():
-        logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
-        if len(labels):
-            results[name] = shared.judge(logits, labels, temperature, run.default_classes)
-    return results
-
-
 def draw_back(
     trained: dict,
     start: dict,
@@ -673,27 +650,6 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
 
 
-def judge_photo(
-    path: Path, classifier: shared.Classifier, finder: shared.FaceFinder | None, largest_face: bool
-) -> tuple[str, np.ndarray | None, Image.Image | None]:
-    """Classify a photo's single face: its outcome, one of OUTCOMES, probabilities (C,) and the crop.
-
-    Without a finder the photo is a face.
-    """
-    try:
-        image = shared.open_picture(path)
-    except shared.PictureError:
-        return OUTCOMES[3], None, None
-    if finder is None:
-        return OUTCOMES[0], classifier.predict_crops([image])[0], image
-    boxes = finder.find(image).boxes
-    if len(boxes) != 1 and not (largest_face and len(boxes)):
-        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None, None
-    box = boxes[[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]]
-    [crop] = shared.crop_faces(image, box, classifier.crop_margin)
-    return OUTCOMES[0], classifier.predict(image, box)[0], crop
-
-
 def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
     """Draw faces, each with a line below it, into a PNG of 8 a row."""
     side, line, columns = 128, 34, 8
@@ -736,16 +692,17 @@ def evaluate_photos(
     paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
     rows, crops, all_probs = [], [], []
     for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
-        outcome, probs, crop = judge_photo(path, classifier, finder, largest_face)
+        outcome, crop = cut_face(path, finder, classifier.crop_margin, largest_face)
         photo = path.relative_to(data_dir).as_posix()
         row = {"photo": photo, "label": photo.split("/")[0], "reason": outcome}
-        if probs is not None:
+        if crop:
+            [probs] = classifier.predict_crops([crop])
             row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
             row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
             crops.append(crop)
             all_probs.append(probs)
         rows.append(row)
-    print(count_photos(rows, [name for name in found if name in classes]))
+    report_photos(rows, [name for name in found if name in classes])
     if not all_probs:
         raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
     table = pd.DataFrame(rows)
@@ -836,9 +793,18 @@ def train_on(
     """
     import torch
 
+    chosen = [run.classes.index(name) for name in run.default_classes]
+
     def judged(net: nn.Module, temperature: float) -> dict[str, dict]:
-        by_name = {f"{name} {split}": faces for split in sets for name, faces in sets[split].items()}
-        return judge_sets(net, by_name, run, temperature)
+        """Return `model.judge`'s figures on each of the sets, for the run's default classes."""
+        results = {}
+        for split, by_name in sets.items():
+            for name, faces in by_name.items():
+                logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
+                if len(labels):
+                    figures = shared.judge(logits, labels, temperature, run.default_classes)
+                    results[f"{name} {split}"] = figures
+        return results
 
     start = {name: value.clone() for name, value in net.state_dict().items()}
     results = {"before": judged(net, parent["temperature"])}
@@ -909,9 +875,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             net.fc = fit_head(*embed(net, train), len(found)).to(device)
         shared.freeze_except(net, args.unfreeze)
         sets = judged_sets(faces, rehearsed, batches)
-        sizes |= {
-            f"{name} val": shared.count_labels(own.labels, learned) for name, own in sets["val"].items()
-        }
+        for name, own in sets["val"].items():
+            sizes[f"{name} val"] = shared.count_labels(own.labels, learned)
         run = shared.Run(
             args.out_dir,
             stage="emotion",
