@@ -48,6 +48,8 @@ import model as shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import pandas as pd
+    import torch
     from torch import Tensor, nn
 
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
@@ -650,24 +652,30 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
 
 
-def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
-    """Draw faces, each with a line below it, into a PNG of 8 a row."""
+def draw_mistakes(judged: pd.DataFrame, crops: Sequence[Image.Image], path: Path) -> None:
+    """Draw the 48 surest mistakes, if there are any, into a PNG of 8 a row; `crops` are the rows' faces."""
+    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
+    if mistakes.empty:
+        return
     side, line, columns = 128, 34, 8
-    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(faces) / columns)), "white")
+    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(mistakes) / columns)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, (face, text) in enumerate(faces):
+    for number, row in enumerate(mistakes.itertuples()):
         x, y = number % columns * side, number // columns * (side + line)
-        sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
+        sheet.paste(crops[row.Index].convert("RGB").resize((side, side)), (x, y))
+        text = f"{row.label}, said\n{row.emotion} {row.prob:.2f}"
         draw.multiline_text((x + 2, y + side + 1), text, "black", font)
     with shared.replacing(path) as temporary:
         sheet.save(temporary, "PNG")
+    print(shared.printable(f"wrote {path}, the surest mistakes"))
 
 
 def evaluate_photos(
     data_dir: Path,
-    classifier: shared.Classifier,
+    checkpoint: Path,
     finder: shared.FaceFinder | None,
     *,
+    device: torch.device,
     largest_face: bool,
     limit: int | None,
     out_dir: Path | None,
@@ -676,7 +684,6 @@ def evaluate_photos(
     """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
 
     Args:
-        classifier: of all that the model has learned.
         finder: None if the photos are faces.
         out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
         csv_path: for a row of each photo.
@@ -684,6 +691,7 @@ def evaluate_photos(
     import pandas as pd
     import torch
 
+    classifier = shared.Classifier(checkpoint, device, ["all"])
     found = shared.find_classes(data_dir)
     if unknown := sorted(set(found) - set(classifier.classes)):
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
@@ -717,13 +725,8 @@ def evaluate_photos(
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
     logits = torch.from_numpy(np.stack(all_probs)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
-    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
-    if out_dir and len(mistakes):
-        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
-        draw_mistakes(
-            list(zip([crops[i] for i in mistakes.index], lines, strict=True)), out_dir / "photos_mistakes.png"
-        )
-        print(shared.printable(f"wrote {out_dir / 'photos_mistakes.png'}, the surest mistakes"))
+    if out_dir:
+        draw_mistakes(judged, crops, out_dir / "photos_mistakes.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -778,9 +781,11 @@ def train_on(
     train: shared.FaceBatches | Rehearsed,
     sets: dict[str, dict[str, shared.FaceBatches]],
     net: nn.Module,
+    sizes: dict[str, str],
     *,
     run: shared.Run,
     parent: dict,
+    resume: dict | None,
     max_loss: float,
     **options: object,
 ) -> None:
@@ -788,6 +793,8 @@ def train_on(
 
     Args:
         sets: see `judged_sets`.
+        sizes: of what is learned from, in words.
+        resume: checkpoint to go on from.
         max_loss: points of accuracy that each source's val may lose.
         options: of `model.fit_classifier`.
     """
@@ -806,11 +813,15 @@ def train_on(
                     results[f"{name} {split}"] = figures
         return results
 
+    sizes = dict(sizes)
+    for name, faces in sets["val"].items():
+        sizes[f"{name} val"] = shared.count_labels(faces.labels, run.classes)
+    run.start(net, sets["val"]["photos"].device, sizes, is_resumed=resume is not None)
     start = {name: value.clone() for name, value in net.state_dict().items()}
     results = {"before": judged(net, parent["temperature"])}
     photos, *others = sets["val"]
     val = {photos: sets["val"][photos]}
-    best = shared.fit_classifier(net, train, val, run=run, parent=parent, **options)
+    best = shared.fit_classifier(net, train, val, run=run, parent=parent, resume=resume, **options)
     best_path = run.out_dir / "best.pt"
     if others:
         before = {name: results["before"].get(f"{name} val") for name in others}
@@ -833,10 +844,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     if args.evaluate:
-        classifier = shared.Classifier(args.evaluate, device, ["all"])
         finder = None if args.cropped else shared.FaceFinder(device)
-        taken = {"largest_face": args.largest_face, "limit": args.limit}
-        evaluate_photos(args.data_dir, classifier, finder, **taken, out_dir=args.out_dir, csv_path=args.csv)
+        taken = {"largest_face": args.largest_face, "limit": args.limit, "csv_path": args.csv}
+        evaluate_photos(args.data_dir, args.evaluate, finder, device=device, out_dir=args.out_dir, **taken)
         return
     found = shared.check_sources([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
@@ -845,22 +855,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = find_sources(args.mix)
         learned = sorted({*found, *(parent["classes"] if sources else ())})
         shared.check_classes(learned)
-        corrections_path = args.corrections or args.data_dir / "corrections.csv"
-        has_corrections = args.corrections or corrections_path.exists()
-        corrections = read_corrections(corrections_path, learned) if has_corrections else {}
+        corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
+        if args.corrections or corrections_path.exists():
+            corrections = read_corrections(corrections_path, learned)
+            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
         records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
         report_photos(records, found)
-        if corrections:
-            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
-        faces = load_labelled(
-            records, faces_dir, learned, corrections, val_fraction=args.val_fraction, seed=args.seed
-        )
+        split = {"val_fraction": args.val_fraction, "seed": args.seed}
+        faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
         image_size = args.image_size or parent["image_size"]
-        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-        batches = functools.partial(shared.FaceBatches, **options)
+        options = {
+            "batch_size": args.batch_size,
+            "balance": args.balance,
+            "mixup": args.mixup,
+            "seed": args.seed,
+        }
+        batches = functools.partial(shared.FaceBatches, image_size=image_size, device=device, **options)
         known = [learned.index(name) for name in learned if name in parent["classes"]]
         if args.review:
             every = batches(faces.images, faces.labels)
@@ -874,9 +886,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not sources and not set(found) <= set(parent["classes"]):
             net.fc = fit_head(*embed(net, train), len(found)).to(device)
         shared.freeze_except(net, args.unfreeze)
-        sets = judged_sets(faces, rehearsed, batches)
-        for name, own in sets["val"].items():
-            sizes[f"{name} val"] = shared.count_labels(own.labels, learned)
         run = shared.Run(
             args.out_dir,
             stage="emotion",
@@ -888,10 +897,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=shared.plain_config(vars(args)),
             best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
         )
-        run.start(net, device, sizes, is_resumed=resumed is not None)
         schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-        how = {"schedule": schedule, "label_smoothing": args.label_smoothing, "resume": resumed}
-        train_on(train, sets, net, run=run, parent=parent, max_loss=args.max_loss, **how)
+        how = {"max_loss": args.max_loss, "schedule": schedule, "label_smoothing": args.label_smoothing}
+        sets = judged_sets(faces, rehearsed, batches)
+        train_on(train, sets, net, sizes, run=run, parent=parent, resume=resumed, **how)
 
 
 if __name__ == "__main__":
