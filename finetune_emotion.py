@@ -865,14 +865,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
-        image_size = args.image_size or parent["image_size"]
-        options = {
-            "batch_size": args.batch_size,
-            "balance": args.balance,
-            "mixup": args.mixup,
-            "seed": args.seed,
-        }
-        batches = functools.partial(shared.FaceBatches, image_size=image_size, device=device, **options)
+        options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
+        options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, device=device, **options)
         known = [learned.index(name) for name in learned if name in parent["classes"]]
         if args.review:
             every = batches(faces.images, faces.labels)
@@ -880,7 +875,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             judged = {"corrections": corrections, "corrections_path": corrections_path}
             write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
             return
-        rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
+        rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
         mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
         if not sources and not set(found) <= set(parent["classes"]):
@@ -892,7 +887,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arch=parent["arch"],
             classes=learned,
             default_classes=found,
-            image_size=image_size,
+            image_size=options["image_size"],
             crop_margin=parent["crop_margin"],
             config=shared.plain_config(vars(args)),
             best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
