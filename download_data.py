@@ -11,9 +11,9 @@ whatever way, goes on from there; no search is made and no picture downloaded a 
 brings is only weakly labelled, and its copyright stays with its owners: look at the contact sheets in
 <out-dir>_sheets/, and train with the photos for research only.
 
-The parts stand in the order in which they are needed: downloading (what strangers serve, fetched safely),
-pictures (decoding, copies, the single face), data set (pictures and their journal), Google (a browser that
-searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
+The parts, each built on those before: downloading (safely, from strangers), pictures (decoding, copies, the
+single face), data set (pictures and their journal), collecting (until there are enough), Google (a browser
+that searches), other engines (public APIs, ddgs, lists), report (contact sheets, a table), command line.
 
 Usage:
     python download_data.py emotions --limit 100
@@ -36,37 +36,44 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
 import time
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from http.client import HTTPException
 from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.request import Request, getproxies, proxy_bypass
 
+import certifi
+import numpy as np
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from urllib3 import HTTPResponse, Retry
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import DecodeError, HTTPError, InvalidHeader, LocationParseError, ProtocolError
+from urllib3.util import Url, make_headers, parse_url
 
 import model as shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from concurrent.futures import Future
 
     from selenium.webdriver import Chrome
-    from urllib3 import HTTPResponse
-    from urllib3.util import Url
 
     # (url, fields) -> what a public API answers; None: it has no more
     Ask = Callable[[str, dict], dict | None]
-    SearchFor = Callable[["Query"], Iterator["Result | None"]]  # None stands for what has no address
+    SearchFor = Callable[["Query"], Iterator["Result"]]
+    Fetch = Callable[["Result"], Future]  # starts a download; the result is its path, or it raises Refusal
     FindFace = Callable[[Image.Image], list[float]]  # raises Refusal unless there is exactly one face
 
 OPENVERSE = "https://api.openverse.org/v1/images/"
@@ -114,7 +121,7 @@ class Query(NamedTuple):
 class Result(NamedTuple):
     """A picture that an engine found; unknown fields are empty."""
 
-    url: str
+    url: str  # empty too where an engine shows a picture without its address
     page: str = ""
     title: str = ""
     license: str = ""
@@ -124,12 +131,11 @@ class Result(NamedTuple):
 
 
 class Refusal(Exception):  # noqa: N818 (it is an outcome, not an error)
-    """A picture is not kept; `reason` is one of REASONS or REMOVED, `detail` says more."""
+    """A picture is not kept; `reason` is one of REASONS or REMOVED, `copy_of` the SHA-256 of the original."""
 
-    def __init__(self, reason: str, detail: str, original: dict | None = None):
+    def __init__(self, reason: str, detail: str, copy_of: str = ""):
         super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-        self.original = original  # the record of the picture that this one is a copy of
+        self.reason, self.detail, self.copy_of = reason, detail, copy_of
 
 
 # --- downloading ---
@@ -149,9 +155,6 @@ def is_public(address: str) -> bool:
 
 def parse_http_url(url: str) -> Url:
     """Split and normalise a URL, international names included; raises Refusal unless it is http or https."""
-    from urllib3.exceptions import LocationParseError
-    from urllib3.util import parse_url
-
     try:
         parts = parse_url(url)
     except LocationParseError:
@@ -179,6 +182,12 @@ def connect(addresses: Sequence[str], port: int, timeout_s: float) -> socket.soc
     return socket.create_connection((last, port), timeout_s / len(addresses))
 
 
+def shut_down(connection: socket.socket) -> None:
+    """End a connection for whoever reads from it in another thread."""
+    with contextlib.suppress(OSError):  # it has ended already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def read_proxies() -> dict[str, Url]:
     """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
     proxies = {}
@@ -191,18 +200,27 @@ def read_proxies() -> dict[str, Url]:
     return proxies
 
 
-def shut_down(connection: socket.socket) -> None:
-    """Wake whoever reads from a connection with its end."""
-    with contextlib.suppress(OSError):  # it has ended already
-        connection.shutdown(socket.SHUT_RDWR)
+def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
+    """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
+    if location := response.get_redirect_location():
+        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
+            location = location.encode("latin-1").decode()
+        return b"", location
+    if response.status != 200:
+        is_passing = response.status in (408, 429) or response.status >= 500
+        raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
+    announced_bytes = response.length_remaining or 0
+    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
+        raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
+    return body, ""
 
 
 class Downloader:
     """Fetches over http and https what strangers serve, from several threads at once.
 
-    urllib3 makes the requests, also through a proxy, and decodes the answers. But each address is checked
-    before it is connected to, the name is not resolved again, so that a name server cannot change its mind in
-    between, and one deadline holds for the whole of a request; so the sockets and redirects are our own.
+    urllib3 makes the requests, also through a proxy, and decodes the answers. The sockets and redirects are
+    our own: each address is checked, that very address is connected to, so that a name server cannot change
+    its mind in between, and one deadline holds for the whole of a request.
 
     Args:
         timeout_s: seconds for one request.
@@ -214,11 +232,6 @@ class Downloader:
     """
 
     def __init__(self, timeout_s: float, retries: int, allow_private: bool, contact: str | None):
-        import ssl
-
-        import certifi
-        from urllib3.util import make_headers
-
         self.timeout_s, self.retries, self.allow_private = timeout_s, retries, allow_private
         agent = f"emotion-detector/1.0 ({contact or 'data for research'})"
         self.headers = make_headers(user_agent=agent, accept_encoding=True)  # what urllib3 can decode here
@@ -277,11 +290,6 @@ class Downloader:
 
     def _exchange(self, url: Url, headers: dict[str, str], cookies: CookieJar) -> tuple[bytes, str]:
         """Make one request; return the body, or where it is redirected to."""
-        from http.client import HTTPException
-        from ssl import SSLCertVerificationError
-
-        from urllib3.exceptions import DecodeError, HTTPError, ProtocolError
-
         request = Request(url.url, headers={**self.headers, **headers, "Host": url.netloc})
         cookies.add_cookie_header(request)
         with self._slots.setdefault(url.host, threading.Semaphore(PER_HOST)):
@@ -291,10 +299,11 @@ class Downloader:
             try:
                 with self._asked(url, dict(request.header_items())) as response:
                     cookies.extract_cookies(response, request)
-                    if rest_s := read_retry_after(response):
-                        self._rests[url.host] = time.monotonic() + rest_s
+                    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or no such
+                        if rest_s := Retry().get_retry_after(response):
+                            self._rests[url.host] = time.monotonic() + rest_s
                     return read_answer(response)
-            except SSLCertVerificationError as error:
+            except ssl.SSLCertVerificationError as error:
                 raise Refusal("not allowed", f"TLS certificate: {error.verify_message}") from None
             except DecodeError:
                 raise Refusal("no image", "not encoded as it says") from None
@@ -307,9 +316,6 @@ class Downloader:
     @contextlib.contextmanager
     def _asked(self, url: Url, headers: dict[str, str]) -> Iterator[HTTPResponse]:
         """Connect to a URL's host, or its proxy, and ask for it; yield the answer, its body not read yet."""
-        from urllib3.connection import HTTPConnection, HTTPSConnection
-        from urllib3.util import make_headers
-
         end = time.monotonic() + self.timeout_s
         host, port, target = url.host.strip("[]"), url.port or PORTS[url.scheme], url.request_uri
         proxy = None if proxy_bypass(url.netloc) else self._proxies.get(url.scheme)
@@ -351,31 +357,6 @@ class Downloader:
                 raise TimeoutError(f"not done after {self.timeout_s:g} s")
 
 
-def read_retry_after(response: HTTPResponse) -> float:
-    """Return for how many seconds a server wants no further request, 0 if it does not say."""
-    from urllib3 import Retry
-    from urllib3.exceptions import InvalidHeader
-
-    with contextlib.suppress(InvalidHeader, ValueError, OverflowError):  # no date, or one that cannot be
-        return Retry().get_retry_after(response) or 0
-    return 0
-
-
-def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
-    """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
-    if location := response.get_redirect_location():
-        with contextlib.suppress(UnicodeDecodeError):  # many send UTF-8, though headers are Latin-1
-            location = location.encode("latin-1").decode()
-        return b"", location
-    if response.status != 200:
-        is_passing = response.status in (408, 429) or response.status >= 500
-        raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
-    announced_bytes = response.length_remaining or 0
-    if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
-        raise Refusal("too big", f"more than {MAX_BYTES / 1e6:g} MB")
-    return body, ""
-
-
 # --- pictures ---
 
 EXTENSIONS = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}  # others are named like their format
@@ -391,10 +372,9 @@ def read_photo(path: Path) -> tuple[Image.Image, str]:
     except shared.PictureError as error:
         if error.reason == "too large":
             raise Refusal("too big", f"more than {MAX_PIXELS / 1e6:g} million pixels") from None
-        if error.reason == "damaged":
-            raise Refusal("no image", "damaged") from None
         is_page = path.read_bytes()[:500].lstrip().startswith(b"<")
-        raise Refusal("no image", "a web page" if is_page else "an unknown format") from None
+        unknown = "a web page" if is_page else "an unknown format"
+        raise Refusal("no image", "damaged" if error.reason == "damaged" else unknown) from None
     if min(photo.size) < MIN_SIDE:
         raise Refusal("too small", f"{photo.width}x{photo.height} pixels")
     if all(high - low <= FLAT_LEVELS for low, high in photo.getextrema()):
@@ -412,37 +392,27 @@ def find_single_face(finder: shared.FaceFinder, min_size: int, photo: Image.Imag
 
 
 class CopyFinder:
-    """Finds pictures that are the same, to the byte or to the eye, without comparing each with all.
-
-    Two perceptual hashes that differ in at most NEAR_BITS bits agree in one of NEAR_BITS + 1 parts. Part
-    n has the digits n, n + NEAR_BITS + 1 and so on.
-    """
+    """Finds pictures that are the same, to the byte or to the eye."""
 
     def __init__(self):
-        self._records = []
-        self._numbers = defaultdict(list)  # a SHA-256, or part of a hash: of the records that have it
-
-    def _keys(self, sha256: str, phash: str) -> list[object]:
-        """Return what a picture and each of its copies may have in common."""
-        parts = range(NEAR_BITS + 1) if phash else ()
-        return [sha256, *((part, phash[part :: NEAR_BITS + 1]) for part in parts)]
+        self._records, self._numbers = [], {}  # by SHA-256: which record it is
+        self._phashes = array("Q")  # of the records, 64 bits each
 
     def add(self, record: dict) -> None:
         """Remember a picture; raises ValueError unless `sha256` and `phash` are hashes."""
         if not re.fullmatch("[0-9a-f]{64} [0-9a-f]{16}", f"{record['sha256']} {record['phash']}"):
             raise ValueError("no hashes")
-        for key in self._keys(record["sha256"], record["phash"]):
-            self._numbers[key].append(len(self._records))
+        self._numbers.setdefault(record["sha256"], len(self._records))
+        self._phashes.append(int(record["phash"], 16))
         self._records.append(record)
 
     def find(self, sha256: str, phash: str = "") -> dict | None:
         """Return the first record of the same picture, or None."""
-        for number in sorted({n for key in self._keys(sha256, phash) for n in self._numbers.get(key, ())}):
-            record = self._records[number]
-            differing_bits = (int(record["phash"], 16) ^ int(phash or "0", 16)).bit_count()
-            if record["sha256"] == sha256 or (phash and differing_bits <= NEAR_BITS):
-                return record
-        return None
+        numbers = [self._numbers[sha256]] if sha256 in self._numbers else []
+        if phash:
+            num_differing = np.bitwise_count(np.asarray(self._phashes) ^ np.uint64(int(phash, 16)))
+            numbers += np.flatnonzero(num_differing <= NEAR_BITS).tolist()
+        return self._records[min(numbers)] if numbers else None
 
 
 # --- data set ---
@@ -484,7 +454,7 @@ def check_label(label: object) -> str:
 def check_texts(*values: object) -> None:
     """Raise ValueError if one of some values is no text."""
     if not all(isinstance(value, str) for value in values):
-        raise ValueError("not a text")
+        raise ValueError("what should be a text is none")
 
 
 def read_result(fields: dict) -> Result:
@@ -492,8 +462,7 @@ def read_result(fields: dict) -> Result:
     result = Result(**fields)
     check_texts(result.url, result.page, result.title, result.license, result.sha256)
     left, top, right, bottom = result.face_box or (0, 0, 0, 0)
-    is_box = -1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6
-    if not is_box or not result.url.encode():
+    if not (-1e6 < left <= right < 1e6 and -1e6 < top <= bottom < 1e6 and result.url.encode()):
         raise ValueError("no box, or no URL")
     return result
 
@@ -517,8 +486,7 @@ class DataSet:
 
     def __init__(self, folder: Path, shorter_side: int | None):
         self.folder, self.shorter_side = folder, shorter_side
-        self.journal = folder / "manifest.jsonl"
-        self.incoming = folder / ".incoming"
+        self.journal, self.incoming = folder / "manifest.jsonl", folder / ".incoming"
         named = folder if folder.name not in ("", "..") else folder.resolve()
         self.sheets = named.with_name(f"{named.name}_sheets")
         refuse_links(self.journal, self.incoming)
@@ -533,8 +501,8 @@ class DataSet:
         self.outcomes = {}  # (engine, label, query, url): its record
         self.by_url = {}  # url: the first record that settled it
         self.kept = defaultdict(list)  # label: records
-        self.copies = CopyFinder()  # of what is kept
-        self.removed, self.barred, self.barred_urls = [], CopyFinder(), set()
+        self.copies = CopyFinder()  # of what is kept or removed
+        self.removed, self.barred_urls = [], set()
         data = self.journal.read_bytes() if self.journal.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
@@ -552,34 +520,32 @@ class DataSet:
 
     def _take_in(self, record: dict) -> None:
         """Remember a record of the journal; raises some error if it is not one that this script writes."""
-        if record["status"] == "removed":
+        status = record["status"]
+        if status == "removed":
             self.removed.append(record)
             self.barred_urls.update(record["url_sha256"])
             for mark in record["pictures"]:
-                self.barred.add(mark)
+                self.copies.add({"sha256": mark["sha256"], "phash": mark["phash"]})
             return
         key = record["engine"], check_label(record["label"]), record["query"]
-        check_texts(*key, record.get("copy_of", ""))
-        if record["status"] == "searched":
+        check_texts(*key, record.get("copy_of", ""), record.get("detail", ""))
+        if status == "searched":
             if not isinstance(record["asked"], int):
                 raise ValueError("not a number")
             for fields in record["results"]:
                 read_result(fields)
             self.searches[key] = record
             return
-        fields = {name: record[name] for name in Result._fields if name in record}
-        url, sha256 = read_result(fields).url, record.get("sha256", "")
-        if record["status"] == "kept":
+        url = read_result({name: record[name] for name in Result._fields if name in record}).url
+        if status == "kept":
             self.copies.add(record)
-            if not re.fullmatch(rf"{key[1]}/{sha256[:16]}\.\w+", record["file"]):
+            if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
                 raise ValueError("not where a picture of this label belongs")
             self.kept[key[1]].append(record)
-        elif record["status"] not in ("rejected", "failed") or record["reason"] not in REASONS:
+        elif status not in ("rejected", "failed") or record["reason"] not in REASONS:
             raise ValueError("no outcome")
-        else:
-            check_texts(record["detail"])
         self.outcomes[*key, url] = record
-        if record["status"] != "failed":
+        if status != "failed":
             self.by_url.setdefault(url, record)
 
     def _append_to_journal(self, record: dict) -> dict:
@@ -647,17 +613,14 @@ class DataSet:
         return path
 
     def refuse_copy(self, label: str, sha256: str, phash: str = "") -> None:
-        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept."""
-        if original := self.copies.find(sha256, phash):
-            if original["label"] == label:
-                raise Refusal("copy", f"of {original['file']}", original)
-            raise Refusal("two labels", f"the same as {original['file']}", original)
-
-    def refuse_known(self, url: str, label: str) -> None:
-        """Raise the Refusal of a URL that was settled before, under whatever label."""
-        record = self.by_url[url]
-        self.refuse_copy(label, record.get("sha256") or record.get("copy_of", ""))
-        raise Refusal(record["reason"], record["detail"])
+        """Raise the Refusal of a picture found for `label` if it is a copy of one that is kept or removed."""
+        original = self.copies.find(sha256, phash)
+        if original and "file" not in original:
+            raise Refusal(REMOVED, "")
+        if original and original["label"] == label:
+            raise Refusal("copy", f"of {original['file']}", original["sha256"])
+        if original:
+            raise Refusal("two labels", f"the same as {original['file']}", original["sha256"])
 
     def settle(self, search: dict, result: Result, outcome: dict | Refusal) -> None:
         """Write down what became of a result: the fields of a kept picture, or why it is refused."""
@@ -669,8 +632,8 @@ class DataSet:
                 return
             record["status"] = "failed" if outcome.reason in (UNREACHABLE, BUSY) else "rejected"
             record |= {"reason": outcome.reason, "detail": outcome.detail}
-            if outcome.original:
-                record["copy_of"] = outcome.original["sha256"]
+            if outcome.copy_of:
+                record["copy_of"] = outcome.copy_of
         else:
             record |= outcome
         self._place(self._append_to_journal(record))
@@ -680,10 +643,9 @@ class DataSet:
 
         Raises ValueError if nothing, or more than one picture, goes by that name.
         """
-        outcomes = list(self.outcomes.values())
-        is_sha = bool(re.fullmatch(r"[0-9a-f]{12,64}", sha_or_url))
-        same = [r for r in outcomes if is_sha and r.get("sha256", "").startswith(sha_or_url)]
-        same += [r for r in outcomes if r["url"] == sha_or_url]
+        is_sha = bool(re.fullmatch("[0-9a-f]{12,64}", sha_or_url))
+        same = [r for r in self.outcomes.values() if is_sha and r.get("sha256", "").startswith(sha_or_url)]
+        same += [r for r in self.outcomes.values() if r["url"] == sha_or_url]
         shas = {r.get("sha256") or r.get("copy_of") for r in same} - {None}
         found = {fields["url"] for search in self.searches.values() for fields in search["results"]}
         urls = {sha_or_url} & found
@@ -692,7 +654,7 @@ class DataSet:
                 f"{self.journal} lists {len(shas)} pictures {sha_or_url}; expected the URL of one, "
                 "or 12 or more digits of its SHA-256, such as the file's name"
             )
-        copies = [r for r in outcomes if r.get("sha256") in shas or r.get("copy_of") in shas]
+        copies = [r for r in self.outcomes.values() if (r.get("sha256") or r.get("copy_of")) in shas]
         kept = [record for record in copies if record["status"] == "kept"]
         files = [path for path in map(self.path, kept) if path.exists()]
         for path in files:
@@ -717,27 +679,20 @@ class DataSet:
 
 
 def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face: FindFace | None) -> dict:
-    """Examine a downloaded file; return what the journal keeps of a picture.
+    """Examine a downloaded file; return what the journal keeps of a picture, or raise Refusal.
 
-    Args:
-        find_face: None where faces do not matter. A picture that a manifest vouches for is not searched.
-
-    Raises:
-        Refusal: the picture is not to be kept.
+    `find_face` is None where faces do not matter. A picture that a manifest vouches for is not searched.
     """
     import imagehash
 
     sha256 = shared.file_digest(path)
     photo, extension = read_photo(path)
     phash = str(imagehash.phash(photo))
-    if dataset.barred.find(sha256, phash):
-        raise Refusal(REMOVED, "")
+    dataset.refuse_copy(label, sha256, phash)
     if result.sha256 and result.sha256 != sha256:
         raise Refusal("changed", f"SHA-256 is {sha256}, the manifest has {result.sha256}")
-    dataset.refuse_copy(label, sha256, phash)
-    extension = ".jpg" if dataset.shorter_side else extension
     return {
-        "file": f"{label}/{sha256[:16]}{extension}",
+        "file": f"{label}/{sha256[:16]}{'.jpg' if dataset.shorter_side else extension}",
         "width": photo.width,
         "height": photo.height,
         "bytes": path.stat().st_size,
@@ -747,26 +702,22 @@ def examine(path: Path, label: str, result: Result, dataset: DataSet, find_face:
     }
 
 
-def collect(
-    search: dict,
-    results: Sequence[Result],
-    dataset: DataSet,
-    fetch: Callable[[Result], Future],
-    find_face: FindFace | None,
-) -> None:
-    """Settle results of a search, in order, so that chance does not decide which copy is kept.
+# --- collecting ---
 
-    Args:
-        fetch: starts a download; the future's result is the file's path, or it raises Refusal.
-    """
+
+def collect(
+    search: dict, results: Sequence[Result], dataset: DataSet, fetch: Fetch, find_face: FindFace | None
+) -> None:
+    """Settle results of a search, in order, so that chance does not decide which copy is kept."""
+    label = search["label"]
     futures = {result.url: fetch(result) for result in results if result.url not in dataset.by_url}
     try:
         for result in results:
             try:
-                if result.url in dataset.by_url:
-                    dataset.refuse_known(result.url, search["label"])
-                path = futures[result.url].result()
-                outcome = examine(path, search["label"], result, dataset, find_face)
+                if known := dataset.by_url.get(result.url):  # settled before, under whatever label
+                    dataset.refuse_copy(label, known.get("sha256") or known.get("copy_of", ""))
+                    raise Refusal(known["reason"], known["detail"])
+                outcome = examine(futures[result.url].result(), label, result, dataset, find_face)
             except Refusal as refusal:
                 outcome = refusal
             dataset.settle(search, result, outcome)
@@ -775,20 +726,19 @@ def collect(
             future.cancel()
 
 
-def new_results(
-    found: Iterator[Result | None], known: set[str], barred: set[str], text: str
-) -> Iterator[Result]:
+def new_results(found: Iterator[Result], known: set[str], barred: set[str], text: str) -> Iterator[Result]:
     """Pass on what is not `known` yet nor barred, make it known; at the end report what has no address."""
-    count = Counter()
+    total = num_lost = 0
     try:
         for result in found:
-            count[bool(result)] += 1
-            if result and result.url not in known and url_digest(result.url) not in barred:
+            total += 1
+            num_lost += not result.url
+            if result.url and result.url not in known and url_digest(result.url) not in barred:
                 known.add(result.url)
                 yield result
     finally:
-        if count[False]:
-            message = f"{text}: {count[False]} of {count.total()} results have no address and are left out"
+        if num_lost:
+            message = f"{text}: {num_lost} of {total} results have no address and are left out"
             print(shared.printable(message), file=sys.stderr)
 
 
@@ -806,30 +756,27 @@ def work_off(
     What was found before a search breaks off is settled too; then its ValueError is raised.
 
     Args:
-        settle: see `collect`.
+        settle: `collect`, given its last three arguments.
         target: pictures of the label to keep; None: settle all that is found.
     """
     key = {"engine": engine, "label": query.label, "query": query.text}
     search = dataset.searches.get(tuple(key.values()), {**key, "asked": 0, "results": []})
     known = {fields["url"] for fields in search["results"]}
+    is_list = engine == "urls"  # it may have changed, and is read in no time
 
     def missing() -> int:
-        """Return how many pictures more to keep."""
         return max(target - len(dataset.there(query.label)), 0) if target else sys.maxsize
 
     def wanted() -> int:
-        """Return how many results more to ask for."""
-        number = sys.maxsize if engine == "urls" else query.limit - len(known)
-        return max(min(number, missing()), 0)
+        return min(missing(), sys.maxsize if is_list else max(query.limit - len(known), 0))
 
     pending = iter(dataset.pending(search))
     while chunk := list(itertools.islice(pending, missing())):
         settle(search, chunk)
-    is_done = search.get("exhausted") if target else search["asked"] >= query.limit
-    if (is_done and engine != "urls") or not wanted():  # a list may have changed, and is read in no time
+    is_exhausted = search.get("exhausted") if target else search["asked"] >= query.limit
+    if (is_exhausted and not is_list) or not wanted():
         return
-    found = new_results(start_engine()(query), known, dataset.barred_urls, query.text)
-    is_exhausted = False
+    found, is_exhausted = new_results(start_engine()(query), known, dataset.barred_urls, query.text), False
     with contextlib.closing(found):
         while not is_exhausted and (number := wanted()):
             chunk = []
@@ -849,25 +796,6 @@ def work_off(
 
 GOOGLE = "https://www.google.com/search"
 FILTERS = ("color", "color_type", "language", "safe_search", "size", "time", "type", "usage_rights")
-# What Google's result page is known by. Class names change, these attributes have not from 2024 to 2026.
-TILE = 'div[data-attrid="images universal"][data-docid]'
-# Cookies are refused in a dialog over the results, or on a page that has a form for each answer. Their hidden
-# fields are the same in all languages; the words are for the day when they change.
-REJECT_COOKIES = '#W0wltc, form[action$="/save"]:has([name="set_eom"][value="true"])'
-REJECT_COOKIES += ':not(:has([name="set_sc"])) :is(button, [type="submit"]):not([value="false"])'
-REJECT_WORDS = (
-    "reject all|alle ablehnen|tout refuser|rechazar todo|rifiuta tutto|rejeitar tudo|alles afwijzen|"
-)
-REJECT_WORDS += "odrzuć wszystko|avvisa alla|afvis alle|すべて拒否|모두 거부|全部拒绝|全部拒絕|отклонить все"
-CONSENT = f"{REJECT_COOKIES}, #L2AGLb"  # the latter accepts them
-# Further results are asked for at the page's end, in ways that have changed with the years.
-MORE = '#smb, .mye4qd, a[jsname="oHxHid"], .GNJvt'
-MORE_WORDS = (
-    "(show )?more results|(weitere|mehr) ergebnisse( anzeigen)?|(autres|plus de) résultats( de recherche)?|"
-)
-MORE_WORDS += "(mostrar |ver )?más resultados|(mostra )?altri risultati|(mostrar |ver )?mais resultados|meer "
-MORE_WORDS += "resultaten( weergeven)?|(pokaż )?więcej wyników|(visa )?fler resultat|(vis )?flere resultater|"
-MORE_WORDS += "(показать )?(ещё|больше) результат(ы|ов)|(結果を)?もっと見る|더보기|更多结果|更多結果"
 RECORD_START = re.compile(r'\[0,"([\w-]{6,24})",\["https?:')
 TROUBLE = {
     "captcha": "wants to see a person (captcha)",
@@ -877,43 +805,6 @@ TROUBLE = {
 GROW_WAIT_S = 3.0  # how long a page may take to show something, or more after scrolling
 CLICK_WAIT_S = 1.0  # how long a tile may take to show its link after a click
 SOLVE_WAIT_S = 600.0  # how long somebody may take to solve a captcha
-
-# Keeps the bodies of what the page fetches; later results come that way.
-KEEP_BODIES = """(() => {
-  window.keptBodies = [];
-  const keep = (text) => window.keptBodies.push(text);
-  const fetchAsBefore = window.fetch;
-  window.fetch = async (...args) => {
-    const response = await fetchAsBefore(...args);
-    response.clone().text().then(keep, () => {});
-    return response;
-  };
-  const sendAsBefore = XMLHttpRequest.prototype.send;
-  XMLHttpRequest.prototype.send = function (...args) {
-    this.addEventListener('load', () => {
-      if (['', 'text'].includes(this.responseType)) keep(this.responseText);
-    });
-    return sendAsBefore.apply(this, args);
-  };
-})()"""
-# Returns the tiles and the bodies kept since the last look.
-LOOK = f"""return [[...document.querySelectorAll('{TILE}')].map((tile) => ({{
-  docid: tile.dataset.docid,
-  page: tile.dataset.lpage || '',
-  link: tile.querySelector('a[href*="/imgres?"]')?.href || '',
-  thumbnail: tile.querySelector('img')?.src || '',
-  title: tile.querySelector('img')?.alt || '',
-}})), (window.keptBodies || []).splice(0)]"""
-IS_VISIBLE = "return [...document.querySelectorAll(arguments[0])].some((found) => found.checkVisibility())"
-CLICK = f"""const [selector, words] = arguments, called = new RegExp(`^(${{words}})$`, 'i');
-const controls = `${{selector}}, button, a, [role=button], [type=button], [type=submit]`;
-const control = [...document.querySelectorAll(controls)].find(
-  (found) => found.checkVisibility() && !found.closest('{TILE}') && (found.matches(selector) ||
-    called.test((found.ariaLabel || found.value || found.textContent).trim())));
-control?.click();
-return Boolean(control);"""
-CLICK_TILE = f"""const tile = document.querySelector(`{TILE}[data-docid="${{arguments[0]}}"]`);
-(tile?.querySelector('a, img') || tile)?.click()"""
 
 
 def google_url(text: str, filters: dict[str, str]) -> str:
@@ -935,8 +826,13 @@ def google_url(text: str, filters: dict[str, str]) -> str:
     return f"{GOOGLE}?{urlencode([*fields, ('udm', '2')])}"  # udm=2: the tab of images
 
 
-def to_text(value: object) -> str:
-    """Return a string for what a stranger's JSON has as one: None is empty, half a surrogate pair a ?."""
+def pick(value: object, *path: str | int) -> str:
+    """Return a text from inside a stranger's JSON; "" if it is not there, a ? for half a surrogate pair."""
+    try:
+        for step in path:
+            value = value[step]
+    except (LookupError, TypeError):
+        return ""
     return str(value or "").encode(errors="replace").decode()
 
 
@@ -947,25 +843,26 @@ def parse_records(text: str) -> dict[str, Result]:
     """
     records = {}
     for match in RECORD_START.finditer(text):
-        with contextlib.suppress(ValueError, IndexError, TypeError, AttributeError):  # of another shape
+        with contextlib.suppress(ValueError):  # of another shape
             record, _ = json.JSONDecoder().raw_decode(text, match.start())
-            origins = [part["2003"] for part in record if isinstance(part, dict) and part.get("2003")]
-            page, title = origins[0][2:4] if origins else ("", "")
-            if record[3][0].startswith("http"):
-                records[match[1]] = Result(to_text(record[3][0]), to_text(page), to_text(title))
+            origin = next(
+                (part["2003"] for part in record if isinstance(part, dict) and "2003" in part), None
+            )
+            url = pick(record, 3, 0)
+            if url.startswith("http"):
+                records[match[1]] = Result(url, pick(origin, 2), pick(origin, 3))
     return records
 
 
 @contextlib.contextmanager
 def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
-    """Start Chromium, and close it whatever happens.
+    """Start Chromium, ready for `Google`, and close it whatever happens.
 
     It says truly what it is: neither its user agent nor navigator.webdriver is touched. Raises ValueError if
     there is none, or it ends.
     """
     from selenium import webdriver
     from selenium.common.exceptions import SessionNotCreatedException, WebDriverException
-    from urllib3.exceptions import HTTPError
 
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -993,15 +890,13 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
         options.add_argument(f"--user-data-dir={(profile or Path(folder)).absolute()}")
         try:
             driver = webdriver.Chrome(options, service)
-            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": KEEP_BODIES})
+            script = (shared.RESOURCES / "google_images.js").read_text(encoding="utf-8")
+            driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
             yield driver
         except SessionNotCreatedException as error:
             reason = " ".join(error.msg.partition("; For documentation")[0].split())
-            remedy = (
-                f"{driver_path} and it must be of one version"
-                if "only supports" in reason
-                else "try it by hand"
-            )
+            is_other = "only supports" in reason
+            remedy = f"{driver_path} and it must be of one version" if is_other else "try it by hand"
             raise ValueError(f"{browser} does not start ({reason}); {remedy}") from None
         except (WebDriverException, HTTPError) as error:
             reason = (getattr(error, "msg", None) or str(error)).splitlines()[0]
@@ -1013,169 +908,135 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
             signal.signal(signal.SIGTERM, terminate)
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float) -> bool:
-    """Wait until something holds; return whether it does."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 class Google:
     """Searches Google Images in a running browser, the way a person would: open, scroll, click.
 
     Args:
+        driver: of `open_browser`.
         filters: google_images_download's names and values.
         is_watched: somebody sees the browser, and can solve a captcha.
     """
 
     def __init__(self, driver: Chrome, filters: dict[str, str], is_watched: bool):
         self.driver, self.filters, self.is_watched = driver, filters, is_watched
-        self.records: dict[str, Result] = {}  # of the present page, by docid
-        self.tiles: dict[str, dict] = {}
+        self.found: dict[str, Result] = {}  # by docid
 
     def search(self, query: Query) -> Iterator[Result]:
-        """Find results, up to the limit; raises ValueError if Google shows something else."""
-        return itertools.islice(filter(None, self._find(query)), query.limit)
+        """Find results in order, up to the limit; raises ValueError if Google shows another page."""
+        found = (result for result in self._find(query.text) if result.url)
+        return itertools.islice(found, query.limit)
 
-    def _find(self, query: Query) -> Iterator[Result | None]:
-        """Find results in the page's order, None for those that have no address."""
-        self.driver.get(google_url(query.text, self.filters))
-        if self._reach_results() == "empty":
+    def _find(self, text: str) -> Iterator[Result]:
+        self.driver.get(google_url(text, self.filters))
+        if not self._reach_results():
             return
-        self.records, self.tiles, found = parse_records(self.driver.page_source), {}, set()
-        is_more = bool(self._look())
+        self.found, passed_on = {}, set()
+        self._look()
+        self.found |= parse_records(self.driver.page_source)
+        is_more = True
         while is_more:
-            for docid in [docid for docid in self.tiles | self.records if docid not in found]:
-                found.add(docid)
+            for docid in [docid for docid in self.found if docid not in passed_on]:
+                passed_on.add(docid)
                 yield self._resolve(docid)
-            is_more = self._grow(len(found))
+            is_more = self._grow(len(passed_on))
 
-    def _grow(self, count: int) -> bool:
-        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
-        self.driver.execute_script("window.scrollTo(0, document.body.scrollHeight)")
-        if not wait_until(lambda: self._look() > count or self._click(MORE, MORE_WORDS), GROW_WAIT_S):
+    def _run(self, name: str, *args: str) -> object:
+        """Call a function of google_images.js."""
+        return self.driver.execute_script(f"return googleImages.{name}(...arguments)", *args)
+
+    def _wait_until(self, condition: Callable[[], object], timeout_s: float) -> bool:
+        """Wait until something holds; return whether it does."""
+        from selenium.common.exceptions import TimeoutException
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        try:
+            return bool(WebDriverWait(self.driver, timeout_s, 0.1).until(lambda _: condition()))
+        except TimeoutException:
             return False
-        return wait_until(lambda: self._look() > count, GROW_WAIT_S)
 
     def _state(self) -> str:
-        """Return what the browser shows: results, consent, captcha, wall (JavaScript is wanted), or empty."""
-        url = urlsplit(self.driver.current_url)
-        if url.path.startswith("/sorry/") or self._is_visible("#captcha-form"):
-            return "captcha"
-        if (url.hostname or "").startswith("consent.") or self._is_visible(CONSENT):
-            return "consent"
-        if url.path.startswith("/httpservice/retry/enablejs"):
-            return "wall"
-        if self._is_visible(TILE) or RECORD_START.search(self.driver.page_source):
-            return "results"
-        return "empty"
-
-    def _is_visible(self, selector: str) -> bool:
-        """Return whether an element of the page that fits is visible."""
-        return self.driver.execute_script(IS_VISIBLE, selector)
-
-    def _click(self, selector: str, words: str) -> bool:
-        """Click on the first visible control that fits or bears some words; return whether there is one."""
-        return self.driver.execute_script(CLICK, selector, words)
+        """Return what the browser shows: results, empty, or one of TROUBLE."""
+        state = self._run("state")
+        return "results" if state == "empty" and RECORD_START.search(self.driver.page_source) else state
 
     def _refuse_cookies(self) -> None:
-        """Answer with no if the browser shows the question."""
         if self._state() == "consent":
-            wait_until(lambda: self._click(REJECT_COOKIES, REJECT_WORDS), GROW_WAIT_S)
-            wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
+            self._wait_until(lambda: self._run("rejectCookies"), GROW_WAIT_S)
+            self._wait_until(lambda: self._state() != "consent", GROW_WAIT_S)
 
-    def _reach_results(self) -> str:
-        """Get past the consent page, or with somebody's help a captcha; return "results" or "empty"."""
+    def _reach_results(self) -> bool:
+        """Get past the consent page, or with somebody's help a captcha; return whether there are results."""
         self._refuse_cookies()
-        if self._state() == "captcha" and self.is_watched:
+        if self.is_watched and self._state() == "captcha":
             print("solve the captcha in the browser's window, the search then goes on", file=sys.stderr)
-            wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
+            self._wait_until(lambda: self._state() != "captcha", SOLVE_WAIT_S)
             self._refuse_cookies()
-        if self._state() == "empty":  # or not complete yet
-            wait_until(lambda: self._state() != "empty", GROW_WAIT_S)
+        self._wait_until(lambda: self._state() != "empty", GROW_WAIT_S)  # it may be incomplete
         state = self._state()
         if state in TROUBLE:
             raise ValueError(
                 f"Google {TROUBLE[state]}; what is downloaded is kept. Run the command again in some hours, "
                 "or with --headful --profile DIR to solve it in the window, or with --engine openverse"
             )
-        return state
+        return state == "results"
 
     def _look(self) -> int:
         """Take in what the page shows and has fetched; return the number of results known by now."""
-        tiles, bodies = self.driver.execute_script(LOOK)
-        self.tiles |= {tile["docid"]: tile for tile in tiles}
+        tiles, bodies = self._run("look")
+        for docid, *texts, is_thumbnail in tiles:
+            tile = Result(*map(pick, texts), is_thumbnail=is_thumbnail)
+            if docid not in self.found or self.found[docid].is_thumbnail:
+                self.found[docid] = tile
         for body in bodies:
-            self.records |= parse_records(body)
-        return len(self.tiles | self.records)
+            self.found |= parse_records(body)
+        return len(self.found)
 
-    def _resolve(self, docid: str) -> Result | None:
-        """Get a result from its record, else its link, after a click if need be, else its thumbnail."""
+    def _grow(self, count: int) -> bool:
+        """Scroll to the page's end, press "More results" if it is there; return whether that helps."""
+        self._run("scrollToEnd")
+        is_moving = self._wait_until(lambda: self._look() > count or self._run("askForMore"), GROW_WAIT_S)
+        return is_moving and self._wait_until(lambda: self._look() > count, GROW_WAIT_S)
+
+    def _resolve(self, docid: str) -> Result:
+        """Return a result; a click on its tile may bring its link. The last resort is the thumbnail."""
 
         def is_known() -> bool:
             self._look()
-            return docid in self.records or bool(self.tiles[docid]["link"])
+            return not self.found[docid].is_thumbnail
 
-        if docid not in self.records and not is_known():
-            self.driver.execute_script(CLICK_TILE, docid)
-            wait_until(is_known, CLICK_WAIT_S)
-        if docid in self.records:
-            return self.records[docid]
-        tile = self.tiles[docid]
-        fields = dict(parse_qsl(urlsplit(tile["link"]).query))  # /imgres?imgurl=...&imgrefurl=...
-        title = to_text(tile["title"])
-        if "imgurl" in fields:
-            return Result(fields["imgurl"], fields.get("imgrefurl", ""), title)
-        if tile["thumbnail"].startswith("http"):
-            return Result(tile["thumbnail"], tile["page"], title, is_thumbnail=True)
-        return None
+        if self.found[docid].is_thumbnail and not is_known():
+            self._run("clickTile", docid)
+            self._wait_until(is_known, CLICK_WAIT_S)
+        return self.found[docid]
 
 
 # --- other engines ---
 
 
-class RateLimit:
-    """Keeps calls at least `delay_s` seconds apart."""
-
-    def __init__(self, delay_s: float):
-        self.delay_s, self._next = delay_s, 0.0
-
-    def wait(self) -> None:
-        """Wait for one's turn."""
-        time.sleep(max(self._next - time.monotonic(), 0))
-        self._next = time.monotonic() + self.delay_s
+def take_turns(delay_s: float) -> Iterator[None]:
+    """Return from each `next` at least `delay_s` seconds after the one before."""
+    while True:
+        end = time.monotonic() + delay_s
+        yield
+        time.sleep(max(end - time.monotonic(), 0))
 
 
-def read_openverse(found: dict) -> Result:
-    """Read a result of Openverse."""
-    licence = f"{found['license']} {found['license_version'] or ''}".strip()
-    return Result(*map(to_text, (found["url"], found["foreign_landing_url"], found["title"], licence)))
-
-
-def search_openverse(text: str, ask: Ask) -> Iterator[dict]:
+def search_openverse(text: str, ask: Ask) -> Iterator[Result]:
     """Search openly licensed pictures, page by page. Source: https://api.openverse.org/v1/ (image search)."""
     for page in itertools.count(1):
         answer = ask(OPENVERSE, {"q": text, "page": page, "page_size": API_PAGE})
         if answer is None or not answer["results"]:
             return
-        yield from answer["results"]
+        for found in answer["results"]:
+            url, origin, title = (pick(found, name) for name in ("url", "foreign_landing_url", "title"))
+            licence = f"{pick(found, 'license')} {pick(found, 'license_version')}".strip()
+            yield Result(url, origin, title, licence)
         num_pages = answer.get("page_count")
         if isinstance(num_pages, int) and page >= num_pages:
             return
 
 
-def read_commons(found: dict) -> Result:
-    """Read a result of Wikimedia Commons, the page of a file."""
-    info = found["imageinfo"][0]
-    licence = ((info.get("extmetadata") or {}).get("LicenseShortName") or {}).get("value")
-    fields = (info["url"], info.get("descriptionurl"), found.get("title"), html.unescape(to_text(licence)))
-    return Result(*map(to_text, fields))
-
-
-def search_commons(text: str, ask: Ask) -> Iterator[dict]:
+def search_commons(text: str, ask: Ask) -> Iterator[Result]:
     """Search Wikimedia Commons, batch by batch. Source: https://www.mediawiki.org/wiki/API:Continue."""
     fields = dict(parse_qsl(COMMONS_SEARCH)) | {"gsrsearch": f"filetype:bitmap {text}", "gsrlimit": API_PAGE}
     batch, go_on = {}, {}
@@ -1185,25 +1046,24 @@ def search_commons(text: str, ask: Ask) -> Iterator[dict]:
             batch.setdefault(str(part.get("pageid") or -len(batch)), {}).update(part)
         go_on = answer.get("continue")
         if go_on is None or "batchcomplete" in answer:
-            yield from sorted(
-                batch.values(), key=lambda page: str(page.get("index")).zfill(6)
-            )  # by relevance
+            for page in sorted(batch.values(), key=lambda page: pick(page, "index").zfill(6)):  # by relevance
+                url, origin = (pick(page, "imageinfo", 0, name) for name in ("url", "descriptionurl"))
+                licence = pick(page, "imageinfo", 0, "extmetadata", "LicenseShortName", "value")
+                yield Result(url, origin, pick(page, "title"), html.unescape(licence))
             batch = {}
 
 
-API_PARTS = {"openverse": (search_openverse, read_openverse), "commons": (search_commons, read_commons)}
+APIS = {"openverse": search_openverse, "commons": search_commons}
 
 
-def search_api(
-    name: str, downloader: Downloader, rate_limit: RateLimit, query: Query
-) -> Iterator[Result | None]:
+def search_api(name: str, downloader: Downloader, turns: Iterator[None], query: Query) -> Iterator[Result]:
     """Search with a public API; raises ValueError if it does not answer, or not as documented."""
     token = os.environ.get("OPENVERSE_TOKEN", "").strip() if name == "openverse" else ""
     last = None
 
     def ask(url: str, fields: dict) -> dict | None:
         nonlocal last
-        rate_limit.wait()
+        next(turns)
         try:
             answer = json.loads(downloader.get(f"{url}?{urlencode(fields)}", token=token))
             trouble = answer.get("error") or answer.get("errors") or answer.get("detail")
@@ -1218,43 +1078,36 @@ def search_api(
             raise ValueError(
                 f"{name} does not answer ({str(trouble)[:200]}); run the command again later to go on"
             )
-        if answer == last:  # it repeats itself
-            return None
-        last = answer
-        return answer
+        is_repeated, last = answer == last, answer
+        return None if is_repeated else answer
 
-    search, read = API_PARTS[name]
     try:
-        for found in search(query.text, ask):
-            result = None
-            with contextlib.suppress(LookupError, TypeError, AttributeError):
-                result = read(found)
-            yield result if result and result.url else None
+        yield from APIS[name](query.text, ask)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} answers in another shape than documented ({error!r}); choose another --engine"
         ) from None
 
 
-def search_ddgs(backend: str, rate_limit: RateLimit, query: Query) -> Iterator[Result | None]:
+def search_ddgs(backend: str, turns: Iterator[None], query: Query) -> Iterator[Result]:
     """Search DuckDuckGo or Bing through the package ddgs, an extra; raises ValueError if it cannot."""
     from ddgs import DDGS
     from ddgs.exceptions import DDGSException
 
     urls = set()
     for page in itertools.count(1):
-        rate_limit.wait()
+        next(turns)
         try:
             found = DDGS().images(query.text, backend=backend, page=page, max_results=None)
         except DDGSException as error:
             if "No results" in str(error):
                 return
             raise ValueError(f"{backend} does not answer ({error}); run the command again later") from None
-        results = [Result(*(to_text(row.get(name)) for name in ("image", "url", "title"))) for row in found]
-        if not {result.url for result in results} - urls:
+        results = [Result(*(pick(row, name) for name in ("image", "url", "title"))) for row in found]
+        if urls.issuperset(result.url for result in results):
             return
-        urls |= {result.url for result in results}
-        yield from (result if result.url else None for result in results)
+        urls.update(result.url for result in results)
+        yield from results
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
@@ -1268,16 +1121,12 @@ def read_list(path: Path) -> dict[tuple[str, str], list[Result]]:
             number += 1
             if line.startswith("{"):
                 record = json.loads(line)
-                if record["status"] != "kept":
-                    continue
-                label, text = record["label"], record["query"]
-                result = read_result({name: record[name] for name in Result._fields})
+                if record["status"] == "kept":
+                    result = read_result({name: record[name] for name in Result._fields})
+                    results[check_label(record["label"]), record["query"]].append(result)
             elif line.strip():
                 label, url = line.split()
-                text, result = path.name, Result(url)
-            else:
-                continue
-            results[check_label(label), text].append(result)
+                results[check_label(label), path.name].append(Result(url))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number} is neither 'label url' nor a manifest's record ({error})"
@@ -1309,23 +1158,20 @@ def open_engine(
     profile: Path | None,
     headful: bool,
 ) -> Iterator[SearchFor]:
-    """Yield the function that searches with one of ENGINES; it waits for its turn by itself.
+    """Yield the function that searches with one of ENGINES, and waits for its turn.
 
-    Args:
-        listed: what `read_list` returns, for urls.
-        filters: and what follows, for Google.
+    `listed`, of `read_list`, is for urls; `filters` and what follows for Google.
     """
-    rate_limit = RateLimit(delay_s)
+    turns = take_turns(delay_s)
     if name == "google":
         with open_browser(profile, headful) as driver:
-            google = Google(driver, filters, headful)
-            yield lambda query: rate_limit.wait() or google.search(query)
+            yield lambda query: next(turns) or Google(driver, filters, headful).search(query)
     elif name == "urls":
         yield lambda query: iter(listed[query.label, query.text][: query.limit])
-    elif name in ("duckduckgo", "bing"):
-        yield functools.partial(search_ddgs, name, rate_limit)
+    elif name in APIS:
+        yield functools.partial(search_api, name, downloader, turns)
     else:
-        yield functools.partial(search_api, name, downloader, rate_limit)
+        yield functools.partial(search_ddgs, name, turns)
 
 
 # --- report ---
@@ -1333,21 +1179,22 @@ def open_engine(
 PER_SHEET = 100  # pictures
 
 
-def draw_contact_sheets(dataset: DataSet, label: str) -> None:
-    """Draw the kept pictures of a label into <folder>_sheets/<label>.png, <label>.2.png and so on.
+def draw_contact_sheets(dataset: DataSet, labels: Iterable[str]) -> None:
+    """Draw the kept pictures of each label into <folder>_sheets/<label>.png, <label>.2.png and so on.
 
     A sheet that shows what it should stays as it is, so that the work does not grow with each run.
     """
-    records = dataset.there(label)
-    for number in itertools.count(1):
-        path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
-        shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
-        if shown:
-            draw_contact_sheet(path, dataset, shown)
-        elif path.exists():
-            path.unlink()
-        else:
-            return
+    for label in labels:
+        records = dataset.there(label)
+        for number in itertools.count(1):
+            path = dataset.sheets / (f"{label}.{number}.png" if number > 1 else f"{label}.png")
+            shown = records[(number - 1) * PER_SHEET : number * PER_SHEET]
+            if shown:
+                draw_contact_sheet(path, dataset, shown)
+            elif path.exists():
+                path.unlink()
+            else:
+                break
 
 
 def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) -> None:
@@ -1365,11 +1212,9 @@ def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) ->
         draw.text((x, y + cell - 2), Path(record["file"]).stem, "black", font_size=11)
         with contextlib.suppress(shared.PictureError):  # somebody damaged it; its cell stays white
             photo = shared.open_picture(dataset.path(record))
-            width = photo.width
-            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
             if face_box := record.get("face_box"):
-                box = [edge * photo.width / width for edge in face_box]
-                ImageDraw.Draw(photo).rectangle(box, outline="lime")
+                ImageDraw.Draw(photo).rectangle(face_box, outline="lime", width=max(photo.size) // 100 + 1)
+            photo.thumbnail((cell - 4, cell - 4), reducing_gap=2)
             sheet.paste(photo, (x, y))
     about = PngInfo()
     about.add_text("pictures", names)
@@ -1377,36 +1222,27 @@ def draw_contact_sheet(path: Path, dataset: DataSet, records: Sequence[dict]) ->
         sheet.save(temporary, "PNG", pnginfo=about)
 
 
-def format_table(dataset: DataSet, labels: Sequence[str]) -> list[str]:
-    """Lay out, for each label and in total: results asked for, found, and what became of these."""
-    counts = {label: Counter() for label in labels}
+def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
+    """Draw the contact sheets; print what was found under two labels, and a table of all that was found."""
+    draw_contact_sheets(dataset, labels)
+    lines, counts = [], {label: Counter() for label in labels}
     for search in dataset.searches.values():
         if search["label"] in counts:
             counts[search["label"]] += Counter(asked=search["asked"], found=len(search["results"]))
     for record in dataset.outcomes.values():
         if record["label"] in counts:
             counts[record["label"]][record.get("reason", "kept")] += 1
+            if record.get("reason") == "two labels":
+                found = f"{record['url']} was found for {record['query']!r}"
+                lines.append(f"two labels: {found} and is {record['detail']}")
     for row in counts.values():
         row[NOT_TRIED] = row["found"] - sum(row[name] for name in ("kept", *REASONS))
     total = sum(counts.values(), Counter())
     columns = ["asked", "found", "kept", *(name for name in (*REASONS, NOT_TRIED) if total[name])]
     width = max(map(len, ["label", *labels]))
-    lines = [f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns)]
+    lines.append(f"{'label':{width}}" + "".join(f"  {name:>5}" for name in columns))
     for label, row in [*counts.items(), ("total", total)]:
         lines.append(f"{label:{width}}" + "".join(f"  {row[name]:{max(len(name), 5)}}" for name in columns))
-    return lines
-
-
-def print_report(dataset: DataSet, labels: Sequence[str]) -> None:
-    """Draw the contact sheets and print the table, and what was found under two labels."""
-    for label in labels:
-        draw_contact_sheets(dataset, label)
-    lines = [
-        f"two labels: {record['url']} was found for {record['query']!r} and is {record['detail']}"
-        for record in dataset.outcomes.values()
-        if record.get("reason") == "two labels" and record["label"] in labels
-    ]
-    lines += format_table(dataset, labels)
     sheets = f", contact sheets to look at in {dataset.sheets}" if dataset.sheets.exists() else ""
     lines.append(f"pictures in {dataset.folder}{sheets}")
     print(*map(shared.printable, lines), sep="\n")
@@ -1422,8 +1258,7 @@ def remove_picture(dataset: DataSet, sha_or_url: str) -> None:
     ]
     lines.append(f"{len(files)} files removed; what was found is barred from {dataset.folder} from now on")
     print(*map(shared.printable, lines), sep="\n")
-    for label in labels:
-        draw_contact_sheets(dataset, label)
+    draw_contact_sheets(dataset, labels)
 
 
 # --- command line ---
@@ -1433,28 +1268,29 @@ EMOTION_QUERIES = shared.RESOURCES / "emotion_queries.json"
 
 def read_emotions(path: Path) -> dict[str, list[str]]:
     """Read which queries stand for which emotion, {label: [main word, synonyms...]}, or raise ValueError."""
+    queries, seen = {}, set()
     try:
-        # As bytes, which may be UTF-8, UTF-16 or UTF-32, with a mark of it or without; objects become tuples.
-        pairs = json.loads(path.read_bytes(), object_pairs_hook=tuple)
-        if not isinstance(pairs, tuple) or not pairs:
-            raise ValueError("no label is in it")
-        for _, texts in pairs:
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        # As bytes, which may be in any Unicode; an object becomes a tuple, in which a label may come twice.
+        for name, texts in json.loads(path.read_bytes(), object_pairs_hook=tuple):
+            label = check_label(name)
+            if label in queries:
+                raise ValueError(f"{label!r} is in it twice")
+            if not isinstance(texts, list) or not texts:
                 raise ValueError(f"{str(texts)[:50]!r} is no list of queries")
-        queries = [
-            (check_label(label), [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts])
-            for label, texts in pairs
-        ]
-        for texts in [label for label, _ in queries], [text.casefold() for _, own in queries for text in own]:
-            [(text, count)] = Counter(texts).most_common(1)
-            if count > 1 or "" in texts:
-                raise ValueError(f"{text!r} is in it {count} times" if count > 1 else "a query is blank")
-            "".join(texts).encode()  # fails for half a character
-        return dict(queries)
-    except (ValueError, RecursionError) as error:
+            check_texts(*texts)
+            queries[label] = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+            for text in queries[label]:
+                text.encode()  # fails for half a character
+                if not text or text.casefold() in seen:
+                    raise ValueError(f"{text!r} is in it twice" if text else "a query is blank")
+                seen.add(text.casefold())
+        if not queries:
+            raise ValueError("no label is in it")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no JSON object of lists of words, like {EMOTION_QUERIES} ({error})"
         ) from None
+    return queries
 
 
 def read_imagenet_labels() -> dict[str, list[str]]:
@@ -1473,15 +1309,6 @@ def list_queries(texts: dict[str, list[str]], limit: int, synonym_limit: int) ->
     return [query for query in queries if query.limit]
 
 
-def choose_labels(queries: Sequence[Query], labels: Sequence[str]) -> list[Query]:
-    """Return the queries for some labels; raises ValueError if a label has none."""
-    known = sorted({query.label for query in queries})
-    for label in labels:
-        if label not in known:
-            raise ValueError(f"no label {label!r}, expected some of: {', '.join(known)[:200]}")
-    return [query for query in queries if query.label in labels]
-
-
 def parse_filter(text: str) -> tuple[str, str]:
     """Split a filter NAME=VALUE."""
     name, _, value = text.partition("=")
@@ -1490,23 +1317,26 @@ def parse_filter(text: str) -> tuple[str, str]:
     return name, value
 
 
-def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: int, kind: str) -> None:
-    """Add what both data sets understand, with a set's own defaults."""
-    add, positive, natural = parser.add_argument, shared.number(int, 1), shared.number(int, 0)
-    limit_help = f"results to look at for each query; without it {limit}, and all of a list or for a target"
+SETS = {  # help, default of --out-dir, default of --limit, type of picture that Google is asked for
+    "emotions": ("photos of emotions with one face each", "data/google", 100, "face"),
+    "imagenet": ("a few photos for each of the 1000 ImageNet classes", "data/imagenet", 5, "photo"),
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    add, positive, natural = common.add_argument, shared.number(int, 1), shared.number(int, 0)
+    composed = functools.partial(unicodedata.normalize, "NFC")
     target_help = "pictures to keep of each label: look at results of its queries until there are so many"
     filter_help = f"Google's filters, of {', '.join(FILTERS)}; values as in google_images_download; "
-    filter_help += f"without it type={kind}"
+    filter_help += "without it type=face for emotions, type=photo for imagenet"
     delay_help = "seconds between two requests to a search engine"
-    private_help = "download from private and local addresses too, or have a proxy look up the names"
     workers_help = f"downloads at a time, {PER_HOST} from one host"
-    shared.add_options(parser, out_dir=Path(out_dir))
+    private_help = "download from private and local addresses too, or have a proxy look up the names"
     add("--engine", choices=ENGINES, default="google", help="what searches")
     add("--list", type=Path, metavar="FILE", help="for --engine urls: a manifest.jsonl, or lines 'label url'")
-    composed = functools.partial(unicodedata.normalize, "NFC")
-    labels_help = "download only these; without it all there are"
-    add("--labels", type=composed, nargs="+", metavar="LABEL", help=labels_help)
-    add("--limit", type=positive, metavar="N", help=limit_help)
+    add("--labels", type=composed, nargs="+", metavar="LABEL", help="only these; without it all there are")
     add("--target", type=positive, metavar="N", help=target_help)
     add("--filter", type=parse_filter, nargs="+", metavar="NAME=VALUE", help=filter_help)
     add("--delay", type=shared.number(float, 0), default=5.0, metavar="S", help=delay_help)
@@ -1518,20 +1348,14 @@ def add_common_options(parser: argparse.ArgumentParser, *, out_dir: str, limit: 
     add("--headful", action="store_true", help="show the browser, so that a captcha can be solved in it")
     add("--profile", type=Path, metavar="DIR", help="keep the browser's cookies there; without it nowhere")
     add("--remove", metavar="SHA_OR_URL", help="only take a picture and its copies out of --out-dir for good")
-    parser.set_defaults(default_limit=limit, kind=kind)
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = shared.build_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True, metavar="{emotions,imagenet}")
-    add_set = functools.partial(sets.add_parser, formatter_class=shared.HelpFormatter)
-    imagenet = add_set("imagenet", help="a few photos for each of the 1000 ImageNet classes")
-    add_common_options(imagenet, out_dir="data/imagenet", limit=5, kind="photo")
-    imagenet.set_defaults(synonym_limit=0)
-    emotions = add_set("emotions", help="photos of emotions with one face each")
-    add_common_options(emotions, out_dir="data/google", limit=100, kind="face")
-    add, natural = emotions.add_argument, shared.number(int, 0)
+    for name, (about, out_dir, limit, _) in SETS.items():
+        limit_help = f"results to look at for each query; without it {limit}, all of a list or for a target"
+        own = sets.add_parser(name, parents=[common], help=about, formatter_class=shared.HelpFormatter)
+        shared.add_options(own, out_dir=Path(out_dir))
+        own.add_argument("--limit", type=positive, metavar="N", help=limit_help)
+    add = sets.choices["emotions"].add_argument
     file_help = "JSON object, label: [main query, synonyms...]"
     synonym_help = "results to look at for each synonym, 0 for none"
     size_help = "longer side of the smallest face that counts, pixels"
@@ -1540,7 +1364,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--synonym-limit", type=natural, default=30, metavar="N", help=synonym_help)
     add("--min-face-size", type=shared.number(int, 20), default=64, metavar="PX", help=size_help)
     add("--min-face-prob", type=shared.number(float, 0, 1), default=0.95, metavar="X", help=prob_help)
-    shared.add_options(emotions, device="auto")
+    shared.add_options(sets.choices["emotions"], device="auto")
     args = parser.parse_args(argv)
     if args.engine == "urls" and not args.list:
         parser.error("--engine urls needs --list FILE")
@@ -1551,6 +1375,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Search, download, examine and report, going on where an earlier run stopped."""
     args = parse_args(argv)
+    _, _, default_limit, kind = SETS[args.set]
     shorter_side = SHORTER_SIDE if args.set == "imagenet" else None
     if args.remove:
         with shared.only_run_in(args.out_dir):
@@ -1560,14 +1385,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if listed:
         queries = [Query(*key, args.limit or len(results)) for key, results in listed.items()]
     else:
-        texts = read_emotions(args.emotions_file) if args.set == "emotions" else read_imagenet_labels()
-        limit = args.limit or (sys.maxsize if args.target else args.default_limit)
-        synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
-        queries = list_queries(texts, limit, synonym_limit)
-    if args.labels:
-        queries = choose_labels(queries, args.labels)
+        limit = args.limit or (sys.maxsize if args.target else default_limit)
+        if args.set == "imagenet":
+            queries = list_queries(read_imagenet_labels(), limit, 0)
+        else:
+            synonym_limit = limit if args.target and args.synonym_limit else args.synonym_limit
+            queries = list_queries(read_emotions(args.emotions_file), limit, synonym_limit)
+    known = sorted({query.label for query in queries})
+    for label in args.labels or ():
+        if label not in known:
+            raise ValueError(f"no label {label!r}, expected some of: {', '.join(known)[:200]}")
+    queries = [query for query in queries if query.label in (args.labels or known)]
     labels = list(dict.fromkeys(query.label for query in queries))
-    filters = {"type": args.kind, **dict(args.filter or [])}
+    filters = {"type": kind, **dict(args.filter or [])}
     check_engine(args.engine, filters, args.headful)
     downloader = Downloader(args.timeout, args.retries, args.allow_private, args.contact)
     with contextlib.ExitStack() as stack:

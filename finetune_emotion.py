@@ -48,6 +48,8 @@ import model as shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    import pandas as pd
+    import torch
     from torch import Tensor, nn
 
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
@@ -79,25 +81,25 @@ def blur_measure(face: Image.Image) -> float:
     return float(laplacian.var())
 
 
-def cut_photo(
-    path: Path, finder: shared.FaceFinder, margin: float, largest_face: bool
-) -> tuple[dict, Image.Image | None]:
-    """Cut a photo to its face, gray, FACE_SIZE pixels.
+def cut_face(
+    path: Path, finder: shared.FaceFinder | None, margin: float, largest_face: bool
+) -> tuple[str, Image.Image | None]:
+    """Return what a photo is, one of OUTCOMES, and the crop of its face, None if the photo is left out.
 
-    Returns:
-        What the index keeps, and the face: None if the photo is left out, for the given `reason`.
+    Without a finder the photo is a face.
     """
     try:
         image = shared.open_picture(path)
     except shared.PictureError:
-        return {"reason": "not readable"}, None
-    faces = finder.find(image)
-    if len(faces.boxes) != 1 and not (largest_face and len(faces.boxes)):
-        return {"reason": "several faces" if len(faces.boxes) else "no face"}, None
-    largest = (faces.boxes[:, 2:] - faces.boxes[:, :2]).prod(1).argmax()
-    [crop] = shared.crop_faces(image, faces.boxes[[largest]], margin)
-    face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
-    return {"reason": None, "blur": round(blur_measure(face), 1)}, face
+        return OUTCOMES[3], None
+    if finder is None:
+        return OUTCOMES[0], image
+    boxes = finder.find(image).boxes
+    if len(boxes) != 1 and not (largest_face and len(boxes)):
+        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None
+    largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
+    [crop] = shared.crop_faces(image, boxes[[largest]], margin)
+    return OUTCOMES[0], crop
 
 
 def cut_photos(
@@ -116,20 +118,14 @@ def cut_photos(
     has a line as soon as a photo is done, so an interrupted run goes on where it was. Crops of photos that
     are gone go too.
 
-    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a PNG below faces_dir),
-    `sha256` of the photo, the `settings`, and what `cut_photo` returns.
+    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a gray PNG of FACE_SIZE
+    below faces_dir), `sha256` of the photo, the `settings`, the `reason` why it is left out or None, and
+    the `blur` of the face.
     """
-    settings = {
-        "margin": margin,
-        "largest_face": largest_face,
-        "min_face_size": finder.min_face_size,
-        "min_prob": finder.min_prob,
-    }
-    paths = {
-        path.relative_to(data_dir).as_posix(): path
-        for name in classes
-        for path in shared.list_images(data_dir / name)
-    }
+    settings = {"margin": margin, "largest_face": largest_face}
+    settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
+    found = itertools.chain.from_iterable(shared.list_images(data_dir / name) for name in classes)
+    paths = {path.relative_to(data_dir).as_posix(): path for path in found}
     faces_dir.mkdir(parents=True, exist_ok=True)
     index_path = faces_dir / "index.jsonl"
     known = read_index(index_path)
@@ -143,21 +139,22 @@ def cut_photos(
             crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue
-            found, face = cut_photo(paths[photo], finder, margin, largest_face)
-            if face:
+            outcome, crop = cut_face(paths[photo], finder, margin, largest_face)
+            if crop:
+                face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
                 with shared.replacing(crop_path) as temporary:
                     face.save(temporary, "PNG")
+                known[photo] = {**record, "reason": None, "blur": round(blur_measure(face), 1)}
             else:
                 crop_path.unlink(missing_ok=True)
-            known[photo] = record | found
+                known[photo] = {**record, "reason": outcome}
             try:
                 index.write(f"\n{json.dumps(known[photo])}\n".encode())  # the line before may be cut short
             except OSError as error:
                 raise OSError(f"cannot write {index_path}: {error.strerror}") from None
     with shared.replacing(index_path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(record) + "\n" for record in known.values()), encoding="utf-8"
-        )
+        lines = (json.dumps(record) + "\n" for record in known.values())
+        temporary.write_text("".join(lines), encoding="utf-8")
     return [known[photo] for photo in wanted]
 
 
@@ -182,23 +179,18 @@ def read_index(path: Path) -> dict[str, dict]:
     return records
 
 
-def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
-    """Return a table of the photos by class, and by the reason why they are left out."""
+def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
+    """Print a table of the photos by class and by what they are, and the first that are not readable."""
     import pandas as pd
 
     table = pd.DataFrame(records)
-    table = pd.crosstab(table["reason"].fillna(OUTCOMES[0]), table["label"])
-    table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
-    table["total"] = table.sum(axis=1)
-    return table.rename_axis(index=None, columns="photos").to_string()
-
-
-def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
-    """Print how many photos there are of what use, and the first that are not readable."""
-    print(count_photos(records, classes))
-    if unreadable := [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]:
-        names = ", ".join(unreadable[: shared.MAX_NAMED])
-        print(shared.printable(f"not readable: {names}"), file=sys.stderr)
+    table["reason"] = table["reason"].fillna(OUTCOMES[0])
+    counts = pd.crosstab(table["reason"], table["label"])
+    counts = counts.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
+    counts["total"] = counts.sum(axis=1)
+    print(counts.rename_axis(index=None, columns="photos").to_string())
+    if len(unreadable := table["photo"][table["reason"] == OUTCOMES[3]]):
+        print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
 
 
 # --- from faces to train and val ---
@@ -587,19 +579,6 @@ def write_review(
 # --- before and after ---
 
 
-def judge_sets(
-    net: nn.Module, sets: dict[str, shared.FaceBatches], run: shared.Run, temperature: float
-) -> dict[str, dict]:
-    """Return `model.judge`'s figures of a network on each of the sets, for the run's default classes."""
-    chosen = [run.classes.index(name) for name in run.default_classes]
-    results = {}
-    for name, faces in sets.items():
-        logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
-        if len(labels):
-            results[name] = shared.judge(logits, labels, temperature, run.default_classes)
-    return results
-
-
 def draw_back(
     trained: dict,
     start: dict,
@@ -673,45 +652,30 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
 
 
-def judge_photo(
-    path: Path, classifier: shared.Classifier, finder: shared.FaceFinder | None, largest_face: bool
-) -> tuple[str, np.ndarray | None, Image.Image | None]:
-    """Classify a photo's single face: its outcome, one of OUTCOMES, probabilities (C,) and the crop.
-
-    Without a finder the photo is a face.
-    """
-    try:
-        image = shared.open_picture(path)
-    except shared.PictureError:
-        return OUTCOMES[3], None, None
-    if finder is None:
-        return OUTCOMES[0], classifier.predict_crops([image])[0], image
-    boxes = finder.find(image).boxes
-    if len(boxes) != 1 and not (largest_face and len(boxes)):
-        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None, None
-    box = boxes[[(boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()]]
-    [crop] = shared.crop_faces(image, box, classifier.crop_margin)
-    return OUTCOMES[0], classifier.predict(image, box)[0], crop
-
-
-def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
-    """Draw faces, each with a line below it, into a PNG of 8 a row."""
+def draw_mistakes(judged: pd.DataFrame, crops: Sequence[Image.Image], path: Path) -> None:
+    """Draw the 48 surest mistakes, if there are any, into a PNG of 8 a row; `crops` are the rows' faces."""
+    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
+    if mistakes.empty:
+        return
     side, line, columns = 128, 34, 8
-    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(faces) / columns)), "white")
+    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(mistakes) / columns)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, (face, text) in enumerate(faces):
+    for number, row in enumerate(mistakes.itertuples()):
         x, y = number % columns * side, number // columns * (side + line)
-        sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
+        sheet.paste(crops[row.Index].convert("RGB").resize((side, side)), (x, y))
+        text = f"{row.label}, said\n{row.emotion} {row.prob:.2f}"
         draw.multiline_text((x + 2, y + side + 1), text, "black", font)
     with shared.replacing(path) as temporary:
         sheet.save(temporary, "PNG")
+    print(shared.printable(f"wrote {path}, the surest mistakes"))
 
 
 def evaluate_photos(
     data_dir: Path,
-    classifier: shared.Classifier,
+    checkpoint: Path,
     finder: shared.FaceFinder | None,
     *,
+    device: torch.device,
     largest_face: bool,
     limit: int | None,
     out_dir: Path | None,
@@ -720,7 +684,6 @@ def evaluate_photos(
     """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
 
     Args:
-        classifier: of all that the model has learned.
         finder: None if the photos are faces.
         out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
         csv_path: for a row of each photo.
@@ -728,6 +691,7 @@ def evaluate_photos(
     import pandas as pd
     import torch
 
+    classifier = shared.Classifier(checkpoint, device, ["all"])
     found = shared.find_classes(data_dir)
     if unknown := sorted(set(found) - set(classifier.classes)):
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
@@ -736,16 +700,17 @@ def evaluate_photos(
     paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
     rows, crops, all_probs = [], [], []
     for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
-        outcome, probs, crop = judge_photo(path, classifier, finder, largest_face)
+        outcome, crop = cut_face(path, finder, classifier.crop_margin, largest_face)
         photo = path.relative_to(data_dir).as_posix()
         row = {"photo": photo, "label": photo.split("/")[0], "reason": outcome}
-        if probs is not None:
+        if crop:
+            [probs] = classifier.predict_crops([crop])
             row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
             row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
             crops.append(crop)
             all_probs.append(probs)
         rows.append(row)
-    print(count_photos(rows, [name for name in found if name in classes]))
+    report_photos(rows, [name for name in found if name in classes])
     if not all_probs:
         raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
     table = pd.DataFrame(rows)
@@ -760,13 +725,8 @@ def evaluate_photos(
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
     logits = torch.from_numpy(np.stack(all_probs)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
-    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
-    if out_dir and len(mistakes):
-        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
-        draw_mistakes(
-            list(zip([crops[i] for i in mistakes.index], lines, strict=True)), out_dir / "photos_mistakes.png"
-        )
-        print(shared.printable(f"wrote {out_dir / 'photos_mistakes.png'}, the surest mistakes"))
+    if out_dir:
+        draw_mistakes(judged, crops, out_dir / "photos_mistakes.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -821,9 +781,11 @@ def train_on(
     train: shared.FaceBatches | Rehearsed,
     sets: dict[str, dict[str, shared.FaceBatches]],
     net: nn.Module,
+    sizes: dict[str, str],
     *,
     run: shared.Run,
     parent: dict,
+    resume: dict | None,
     max_loss: float,
     **options: object,
 ) -> None:
@@ -831,20 +793,35 @@ def train_on(
 
     Args:
         sets: see `judged_sets`.
+        sizes: of what is learned from, in words.
+        resume: checkpoint to go on from.
         max_loss: points of accuracy that each source's val may lose.
         options: of `model.fit_classifier`.
     """
     import torch
 
-    def judged(net: nn.Module, temperature: float) -> dict[str, dict]:
-        by_name = {f"{name} {split}": faces for split in sets for name, faces in sets[split].items()}
-        return judge_sets(net, by_name, run, temperature)
+    chosen = [run.classes.index(name) for name in run.default_classes]
 
+    def judged(net: nn.Module, temperature: float) -> dict[str, dict]:
+        """Return `model.judge`'s figures on each of the sets, for the run's default classes."""
+        results = {}
+        for split, by_name in sets.items():
+            for name, faces in by_name.items():
+                logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
+                if len(labels):
+                    figures = shared.judge(logits, labels, temperature, run.default_classes)
+                    results[f"{name} {split}"] = figures
+        return results
+
+    sizes = dict(sizes)
+    for name, faces in sets["val"].items():
+        sizes[f"{name} val"] = shared.count_labels(faces.labels, run.classes)
+    run.start(net, sets["val"]["photos"].device, sizes, is_resumed=resume is not None)
     start = {name: value.clone() for name, value in net.state_dict().items()}
     results = {"before": judged(net, parent["temperature"])}
     photos, *others = sets["val"]
     val = {photos: sets["val"][photos]}
-    best = shared.fit_classifier(net, train, val, run=run, parent=parent, **options)
+    best = shared.fit_classifier(net, train, val, run=run, parent=parent, resume=resume, **options)
     best_path = run.out_dir / "best.pt"
     if others:
         before = {name: results["before"].get(f"{name} val") for name in others}
@@ -867,10 +844,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     if args.evaluate:
-        classifier = shared.Classifier(args.evaluate, device, ["all"])
         finder = None if args.cropped else shared.FaceFinder(device)
-        taken = {"largest_face": args.largest_face, "limit": args.limit}
-        evaluate_photos(args.data_dir, classifier, finder, **taken, out_dir=args.out_dir, csv_path=args.csv)
+        taken = {"largest_face": args.largest_face, "limit": args.limit, "csv_path": args.csv}
+        evaluate_photos(args.data_dir, args.evaluate, finder, device=device, out_dir=args.out_dir, **taken)
         return
     found = shared.check_sources([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
@@ -879,22 +855,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sources = find_sources(args.mix)
         learned = sorted({*found, *(parent["classes"] if sources else ())})
         shared.check_classes(learned)
-        corrections_path = args.corrections or args.data_dir / "corrections.csv"
-        has_corrections = args.corrections or corrections_path.exists()
-        corrections = read_corrections(corrections_path, learned) if has_corrections else {}
+        corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
+        if args.corrections or corrections_path.exists():
+            corrections = read_corrections(corrections_path, learned)
+            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
         records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
         report_photos(records, found)
-        if corrections:
-            print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
-        faces = load_labelled(
-            records, faces_dir, learned, corrections, val_fraction=args.val_fraction, seed=args.seed
-        )
+        split = {"val_fraction": args.val_fraction, "seed": args.seed}
+        faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
-        image_size = args.image_size or parent["image_size"]
-        options = {"batch_size": args.batch_size, "image_size": image_size, "device": device}
-        options |= {"balance": args.balance, "mixup": args.mixup, "seed": args.seed}
-        batches = functools.partial(shared.FaceBatches, **options)
+        options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
+        options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
+        batches = functools.partial(shared.FaceBatches, device=device, **options)
         known = [learned.index(name) for name in learned if name in parent["classes"]]
         if args.review:
             every = batches(faces.images, faces.labels)
@@ -902,31 +875,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             judged = {"corrections": corrections, "corrections_path": corrections_path}
             write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
             return
-        rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
+        rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
         mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
         if not sources and not set(found) <= set(parent["classes"]):
             net.fc = fit_head(*embed(net, train), len(found)).to(device)
         shared.freeze_except(net, args.unfreeze)
-        sets = judged_sets(faces, rehearsed, batches)
-        sizes |= {
-            f"{name} val": shared.count_labels(own.labels, learned) for name, own in sets["val"].items()
-        }
         run = shared.Run(
             args.out_dir,
             stage="emotion",
             arch=parent["arch"],
             classes=learned,
             default_classes=found,
-            image_size=image_size,
+            image_size=options["image_size"],
             crop_margin=parent["crop_margin"],
             config=shared.plain_config(vars(args)),
             best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
         )
-        run.start(net, device, sizes, is_resumed=resumed is not None)
         schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-        how = {"schedule": schedule, "label_smoothing": args.label_smoothing, "resume": resumed}
-        train_on(train, sets, net, run=run, parent=parent, max_loss=args.max_loss, **how)
+        how = {"max_loss": args.max_loss, "schedule": schedule, "label_smoothing": args.label_smoothing}
+        sets = judged_sets(faces, rehearsed, batches)
+        train_on(train, sets, net, sizes, run=run, parent=parent, resume=resumed, **how)
 
 
 if __name__ == "__main__":
