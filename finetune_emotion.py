@@ -15,10 +15,8 @@ those that training began with, and further if too much is forgotten all the sam
 "Robust fine-tuning of zero-shot models", arXiv:2109.01903). Photos that stand in the val or test of --mix,
 which may have come from a search too, are not learned from.
 
-The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well. Without
-it, classes that --init has not learned get a head that is fitted to its embeddings before the rest learns, so
-that a few photos and steps are enough (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and
-Underperform Out-of-Distribution", arXiv:2202.10054).
+The classes are the folders of --data-dir; with rehearsal the network keeps those of --init as well. For those
+that --init has not learned, the head is fitted before the rest learns, so that a few photos and steps do.
 
 Usage:
     python finetune_emotion.py
@@ -56,7 +54,6 @@ OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a 
 # at 6 bits, a few of 16 at 8, none of 16 at 10. A wrong pair only shares a side of the split.
 DUPLICATE_BITS = 8
 FOLDS = 5  # of the cross-validation, chosen here
-HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in tens the best on scraped faces
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
 BLENDS = (0.5, 0.25)
@@ -315,43 +312,6 @@ def load_labelled(
     )
 
 
-# --- a head for classes that are new ---
-
-
-def embed(net: nn.Module, faces: shared.FaceBatches) -> tuple[Tensor, Tensor]:
-    """Return what the head gets to see of faces, (N, D), and their labels (N,)."""
-    import torch
-
-    head, net.fc = net.fc, torch.nn.Identity()
-    embeddings, labels = shared.evaluate(net, faces.eval())
-    net.fc = head
-    return embeddings.clone(), labels  # out of inference mode
-
-
-def fit_head(embeddings: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
-    """Return a linear head that has learned from embeddings (N, D) and labels (N,), by L-BFGS."""
-    import torch
-    import torch.nn.functional as F
-
-    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
-    embeddings = (embeddings - mean) / std
-    head = torch.nn.Linear(embeddings.shape[1], num_classes)
-    torch.nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        head.zero_grad()
-        value = F.cross_entropy(head(embeddings), labels) + HEAD_DECAY * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():  # it is to take embeddings as they are
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head
-
-
 # --- from faces to batches ---
 
 
@@ -488,7 +448,8 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
     probs = torch.zeros(len(labels), num_classes)
     for fold in range(FOLDS):
         rest = folds != fold
-        head = fit_head(embeddings[rest], labels[rest], num_classes)
+        logits = torch.zeros(int(rest.sum()), num_classes)
+        head = shared.fit_head(embeddings[rest], labels[rest], logits, range(num_classes))
         with torch.no_grad():
             probs[~rest] = head(embeddings[~rest]).softmax(1)
     return probs
@@ -503,7 +464,7 @@ def second_opinion(
     """
     import torch
 
-    embeddings, labels = embed(net, faces)
+    embeddings, labels = shared.embed(net, faces.eval())
     with torch.inference_mode():
         logits = net.fc(embeddings.to(faces.device)).cpu()
     learned = cross_validate(embeddings, labels, groups, logits.shape[1])
@@ -905,8 +866,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rehearsed = load_rehearsed(sources, learned, image_size, args.limit)
         mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
-        if not sources and not set(found) <= set(parent["classes"]):
-            net.fc = fit_head(*embed(net, train), len(found)).to(device)
+        parent = shared.fit_new_rows(net, train, learned, parent)
         shared.freeze_except(net, args.unfreeze)
         sets = judged_sets(faces, rehearsed, batches)
         sizes |= {

@@ -571,21 +571,7 @@ def test_own_classes_are_learned_without_rehearsal(tmp_path, photos_dir, options
     finetune_emotion.main([*options, "--faces-dir", str(tmp_path / "own_faces")])
     best = shared.load_checkpoint(tmp_path / "run" / "best.pt")
     assert best["classes"] == best["default_classes"] == ["attentive", "bored"]
-    assert best["temperature"] == 1.5  # the parent's: two faces are too few to fit one
-
-
-def test_a_head_of_new_classes_is_fitted_before_training(tmp_path, options, capsys):
-    """Noise, each class with its own bar: a step at a rate of 0 leaves a network that tells them apart."""
-    classes = ("bored", "calm", "confused")
-    images, labels, _ = shared.load_faces(make_faces(tmp_path / "mine", 30, classes), "train", classes)
-    torch.manual_seed(0)
-    net = shared.gray_resnet(ARCH, 2).eval()
-    faces = shared.FaceBatches(images, labels, 16, 48, torch.device("cpu"))
-    embeddings, labels = finetune_emotion.embed(net, faces)
-    assert embeddings.shape == (len(labels), FEATURES)
-    net.fc = finetune_emotion.fit_head(embeddings, labels, 3)
-    logits, _ = shared.evaluate(net, faces.eval())
-    assert (logits.argmax(1) == labels).float().mean() > 0.8
+    assert best["temperature"] == 1.0  # not the parent's, of another head; two faces are too few to fit one
 
 
 def test_rehearsal_keeps_what_the_photos_do_not_show(tmp_path, fer_dir, photos_dir, options):
