@@ -184,9 +184,9 @@ def count_photos(records: Sequence[dict], classes: Sequence[str]) -> str:
     import pandas as pd
 
     table = pd.DataFrame(records)
-    table = pd.crosstab(table["reason"].fillna(OUTCOMES[0]), table["label"])
-    table = table.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
-    table["total"] = table.sum(axis=1)
+    table = pd.crosstab(table["label"], table["reason"].fillna(OUTCOMES[0]))
+    table = table.reindex(index=list(classes), columns=OUTCOMES, fill_value=0)
+    table.loc["total"] = table.sum()
     return table.rename_axis(index=None, columns="photos").to_string()
 
 
@@ -610,11 +610,14 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     import torch
 
     width = max(map(len, results["before"])) + 1
-    print(f"{'':{width + 7}}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
+    columns = {name: max(12, len(name) + 1) for name in ("n", "accuracy", "mean recall", *classes)}
+    print(f"{'':{width + 7}}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
-        shares = (row["acc"], row["mean_recall"], *row["recall"].values())
-        print(f"{name:{width}}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
+        shares = [row["acc"], row["mean_recall"], *row["recall"].values()]
+        cells = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
+        sized = zip(cells, columns.values(), strict=True)
+        print(f"{name:{width}}{when:7}" + "".join(f"{cell:>{size}}" for cell, size in sized))
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
@@ -656,12 +659,17 @@ def judge_photo(
 
 
 def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
-    """Draw faces, each with a line below it, into a PNG of 8 a row."""
-    side, line, columns = 128, 34, 8
-    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(faces) / columns)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    """Draw faces, each with lines of text below it, into a PNG of 8 a row."""
+    from matplotlib import font_manager
+
+    font = ImageFont.truetype(font_manager.findfont(font_manager.FontProperties()), 11)  # as the plots'
+    lines = [line for _, text in faces for line in text.splitlines()]
+    side, below, columns = 128, 34, 8
+    width = max(side, math.ceil(max(map(font.getlength, lines))) + 8)
+    sheet = Image.new("RGB", (width * columns, (side + below) * math.ceil(len(faces) / columns)), "white")
+    draw = ImageDraw.Draw(sheet)
     for number, (face, text) in enumerate(faces):
-        x, y = number % columns * side, number // columns * (side + line)
+        x, y = number % columns * width, number // columns * (side + below)
         sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
         draw.multiline_text((x + 2, y + side + 1), text, "black", font)
     with shared.replacing(path) as temporary:
