@@ -201,7 +201,7 @@ def describe(
     voted = sum(int((split.votes.sum(1) > 0).sum()) for split in train.values())
     lines["votes"] = f"known for {voted} images of train"
     new = [name for name in classes if name not in parent["classes"]]
-    return {**lines, "new in the head": ", ".join(new) or "none"}
+    return {**lines, "untrained in the head": ", ".join(new) or "none"}
 
 
 def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
@@ -394,13 +394,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = torch.tensor([sources[name].weight for name, split in train.items() for _ in split.labels])
         run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
-        batches = shared.FaceBatches(
-            **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
-        )
-        parent = shared.fit_new_rows(net, batches, learned, parent)
         best = shared.fit_classifier(
             net,
-            batches,
+            shared.FaceBatches(
+                **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
+            ),
             {name: shared.FaceBatches(split.images, split.labels, **options) for name, split in val.items()},
             run=run,
             schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),

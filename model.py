@@ -2055,8 +2055,6 @@ class Run:
 
 # --- training ---
 
-HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
-
 
 class Schedule(NamedTuple):
     """How a run trains."""
@@ -2078,79 +2076,6 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[
             outputs.append(net(inputs.contiguous(memory_format=torch.channels_last)).cpu())
             targets.append(target.cpu())
     return torch.cat(outputs), torch.cat(targets)
-
-
-def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets to see of all batches, (N, D), and the targets, (N, ...)."""
-    import torch
-
-    head, net.fc = net.fc, torch.nn.Identity()
-    embeddings, targets = evaluate(net, batches)
-    net.fc = head
-    return embeddings.clone(), targets.clone()  # out of inference mode
-
-
-def fit_head(embeddings: Tensor, targets: Tensor, logits: Tensor, new: Sequence[int]) -> nn.Linear:
-    """Return a linear head of `new` classes alone that has learned from embeddings (N, D), by L-BFGS.
-
-    Args:
-        targets: labels (N,), or shares of all C classes (N, C).
-        logits: (N, C), what the other classes get; those of the new ones do not matter.
-        new: indices of classes.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
-    embeddings, new = (embeddings - mean) / std, torch.tensor(new)
-    head = torch.nn.Linear(embeddings.shape[1], len(new))
-    torch.nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        head.zero_grad()
-        value = F.cross_entropy(logits.index_copy(1, new, head(embeddings)), targets)
-        value = value + HEAD_DECAY * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():  # it is to take embeddings as they are
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head
-
-
-def fit_new_rows(net: nn.Module, train: FaceBatches, classes: Sequence[str], parent: dict) -> dict:
-    """Fit the head's rows of classes that are new to an epoch of training batches, in each copy of the head.
-
-    Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
-    first steps would spoil these. The whole head of a gray network is new and learns with the rest.
-
-    Args:
-        classes: of the head.
-        parent: the checkpoint that training begins with.
-
-    Returns:
-        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
-
-    Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution", arXiv:2202.10054.
-    """
-    import torch
-
-    new = [row for row, name in enumerate(classes) if name not in parent["classes"]]
-    if not new or parent["stage"] == "gray":
-        return parent
-    embeddings, targets = embed(net, train.train(0))
-    targets = targets.view(len(targets), -1, len(classes)).sum(1)
-    with torch.no_grad():
-        logits = net.fc(embeddings.to(net.fc.weight.device)).cpu()[:, : len(classes)]
-    rows = fit_head(embeddings, targets, logits, new).to(net.fc.weight.device)
-    with torch.no_grad():
-        net.fc.weight.view(-1, len(classes), rows.in_features)[:, new] = rows.weight
-        net.fc.bias.view(-1, len(classes))[:, new] = rows.bias
-    return {**parent, "temperature": 1.0, "temperature_all": 1.0}
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -583,6 +583,26 @@ def test_own_classes_are_learned_without_rehearsal(tmp_path, photos_dir, options
     assert best["temperature"] == 1.0  # not the parent's, of another head; two faces are too few to fit one
 
 
+def test_rows_of_new_classes_are_fitted_and_known_rows_stay(tmp_path):
+    """Noise, each class with its own bar: random weights tell them apart oftener than one time in three."""
+    classes = ("angry", "bored", "calm", "confused")
+    images, labels, _ = shared.load_faces(make_faces(tmp_path / "mine", 30, classes), "train", classes)
+    torch.manual_seed(0)
+    net = shared.gray_resnet(ARCH, 4).eval()
+    before = net.fc.weight.detach().clone()
+    targets = torch.nn.functional.one_hot(labels, 4).float()
+    faces = shared.FaceBatches(images, labels, 16, 48, torch.device("cpu"), targets=targets)
+    parent = {"classes": ["angry"], "temperature": 3.0, "temperature_all": 2.0}
+    started = finetune_emotion.fit_new_rows(net, faces, classes, parent)
+    assert (started["temperature"], started["temperature_all"]) == (1.0, 1.0)
+    assert net.fc.weight[0].equal(before[0])
+    logits, _ = shared.evaluate(net, faces.eval())
+    is_new = labels > 0
+    assert (logits[is_new][:, 1:].argmax(1) + 1 == labels[is_new]).float().mean() > 0.5
+    knowing = {**parent, "classes": classes}
+    assert finetune_emotion.fit_new_rows(net, faces, classes, knowing) is knowing
+
+
 def test_rehearsal_keeps_what_the_photos_do_not_show(tmp_path, fer_dir, photos_dir, options):
     """A network of seven classes, photos of two: it goes on knowing seven, and says the two."""
     torch.manual_seed(0)

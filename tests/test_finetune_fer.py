@@ -253,7 +253,7 @@ def test_copies_in_other_splits_are_judged_apart(tmp_path, fer_dir, options, cap
 def test_classes_that_the_head_does_not_know_are_named(tmp_path, options, capsys):
     start = write_checkpoint(tmp_path / "start" / "best.pt", shared.gray_resnet(ARCH, 2), ("angry", "happy"))
     finetune_fer.main([*options, "--init", str(start), "--out-dir", str(tmp_path / "run")])
-    assert "new in the head: disgusted, sad, surprised\n" in capsys.readouterr().out
+    assert "untrained in the head: disgusted, sad, surprised\n" in capsys.readouterr().out
 
 
 def test_a_trained_model_learns_on_in_the_parts_that_are_named(tmp_path, options):
