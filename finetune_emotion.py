@@ -313,84 +313,6 @@ def load_labelled(
     )
 
 
-# --- a head for classes that are new ---
-
-
-def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets to see of all batches, (N, D), and the targets, (N, ...)."""
-    import torch
-
-    head, net.fc = net.fc, torch.nn.Identity()
-    embeddings, targets = shared.evaluate(net, batches)
-    net.fc = head
-    return embeddings.clone(), targets.clone()  # out of inference mode
-
-
-def fit_head(embeddings: Tensor, targets: Tensor, logits: Tensor, new: Sequence[int]) -> nn.Linear:
-    """Return a linear head of `new` classes alone that has learned from embeddings (N, D), by L-BFGS.
-
-    Args:
-        targets: labels (N,), or shares of all C classes (N, C).
-        logits: (N, C), what the other classes get; those of the new ones do not matter.
-        new: indices of classes.
-    """
-    import torch
-    import torch.nn.functional as F
-
-    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
-    embeddings, new = (embeddings - mean) / std, torch.tensor(new)
-    head = torch.nn.Linear(embeddings.shape[1], len(new))
-    torch.nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        head.zero_grad()
-        value = F.cross_entropy(logits.index_copy(1, new, head(embeddings)), targets)
-        value = value + HEAD_DECAY * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():  # it is to take embeddings as they are
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head
-
-
-def fit_new_rows(
-    net: nn.Module, train: shared.FaceBatches | Rehearsed, classes: Sequence[str], parent: dict
-) -> dict:
-    """Fit the head's rows of classes that are new, to an epoch of batches; the others stay.
-
-    Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
-    first steps would spoil these.
-
-    Args:
-        train: with targets (n, C).
-        classes: of the head.
-        parent: the checkpoint that training begins with.
-
-    Returns:
-        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
-
-    Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
-    Out-of-Distribution", arXiv:2202.10054.
-    """
-    import torch
-
-    new = [row for row, name in enumerate(classes) if name not in parent["classes"]]
-    if not new:
-        return parent
-    embeddings, targets = embed(net, train.train(0))  # which training does not see
-    device = net.fc.weight.device
-    with torch.no_grad():
-        logits = net.fc(embeddings.to(device)).cpu()
-    rows = fit_head(embeddings, targets, logits, new).to(device)
-    with torch.no_grad():
-        net.fc.weight[new], net.fc.bias[new] = rows.weight, rows.bias
-    return {**parent, "temperature": 1.0, "temperature_all": 1.0}
-
-
 # --- from faces to batches ---
 
 
@@ -415,6 +337,17 @@ class Rehearsed:
         for batches in zip(self.photos.train(epoch), others, strict=False):
             images, targets = zip(*batches, strict=True)
             yield torch.cat(images), torch.cat(targets)
+
+    def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the photos' faces and as many others as an epoch has, as they are: inputs and labels (n,)."""
+        import torch
+
+        others, generator = self.others, torch.Generator().manual_seed(self.others.seed)
+        drawn = shared.epoch_order(others.groups, others.balance, generator, others.weights)
+        drawn = drawn[: len(self) - len(self.photos)]
+        parts = others.images[drawn], others.labels[drawn]
+        yield from self.photos.eval()
+        yield from shared.FaceBatches(*parts, others.batch_size, others.image_size, others.device).eval()
 
 
 def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
@@ -511,6 +444,83 @@ def judged_sets(
         for split in part.keys() & sets.keys():
             sets[split][name] = batches(*part[split])
     return sets
+
+
+# --- a head for classes that are new ---
+
+
+def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what the head gets to see of all batches, (N, D), and their labels (N,)."""
+    import torch
+
+    head, net.fc = net.fc, torch.nn.Identity()
+    embeddings, labels = shared.evaluate(net, batches)
+    net.fc = head
+    return embeddings.clone(), labels  # out of inference mode
+
+
+def fit_head(embeddings: Tensor, labels: Tensor, logits: Tensor, new: Sequence[int]) -> nn.Linear:
+    """Return a linear head of `new` classes alone that has learned from embeddings (N, D), by L-BFGS.
+
+    Args:
+        labels: (N,), of all C classes.
+        logits: (N, C), what the other classes get; those of the new ones do not matter.
+        new: indices of classes.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
+    embeddings, new = (embeddings - mean) / std, torch.tensor(new)
+    head = torch.nn.Linear(embeddings.shape[1], len(new))
+    torch.nn.init.zeros_(head.weight)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        head.zero_grad()
+        value = F.cross_entropy(logits.index_copy(1, new, head(embeddings)), labels)
+        value = value + HEAD_DECAY * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():  # it is to take embeddings as they are
+        head.weight /= std
+        head.bias -= head.weight @ mean
+    return head
+
+
+def fit_new_rows(
+    net: nn.Module, train: shared.FaceBatches | Rehearsed, classes: Sequence[str], parent: dict
+) -> dict:
+    """Fit the head's rows of classes that are new, to the faces as they are; the others stay.
+
+    Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
+    first steps would spoil these.
+
+    Args:
+        classes: of the head.
+        parent: the checkpoint that training begins with.
+
+    Returns:
+        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
+
+    Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", arXiv:2202.10054.
+    """
+    import torch
+
+    new = [row for row, name in enumerate(classes) if name not in parent["classes"]]
+    if not new:
+        return parent
+    embeddings, labels = embed(net, train.eval())
+    device = net.fc.weight.device
+    with torch.no_grad():
+        logits = net.fc(embeddings.to(device)).cpu()
+    rows = fit_head(embeddings, labels, logits, new).to(device)
+    with torch.no_grad():
+        net.fc.weight[new], net.fc.bias[new] = rows.weight, rows.bias
+    return {**parent, "temperature": 1.0, "temperature_all": 1.0}
 
 
 # --- doubts about labels ---

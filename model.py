@@ -44,6 +44,7 @@ import shutil
 import statistics
 import sys
 import textwrap
+import threading
 import time
 import warnings
 import zipfile
@@ -512,7 +513,6 @@ class Engine:
     What OpenVINO converts and compiles is kept in the user's cache folder, for converting takes seconds. What
     is kept there is good for one set of weights and versions; what is missing, damaged, or in reach of other
     users is made again.
-    Not to be called by two threads at once.
 
     Attributes:
         notes: those of its blueprint.
@@ -613,10 +613,11 @@ def _openvino_engine(
             compiled = core.compile_model(model, "CPU", options)
     with contextlib.suppress(OSError):
         os.utime(folder)  # it is in use
-    request = compiled.create_infer_request()
+    request, lock = compiled.create_infer_request(), threading.Lock()
 
     def infer(images: np.ndarray) -> list[np.ndarray]:
-        return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
+        with lock:  # a request takes one thread at a time
+            return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
 
     return infer, notes
 
@@ -2509,8 +2510,6 @@ def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
     """Find and classify the faces of one image or a list of them.
-
-    Not to be called from several threads with the same finder or classifier.
 
     Args:
         images: see `as_image`; or a list or tuple of these.

@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -1052,6 +1053,42 @@ def test_read_faces_gives_the_rows_of_the_table(run, classifier, sample_photo, t
     numbers = [name for name in table.columns if name not in {"file", "emotion", "frame", "time", "track"}]
     assert np.array_equal(table[numbers].astype(float), expected[numbers].astype(float))
     assert table["emotion"].tolist() == expected["emotion"].tolist()
+
+
+def test_read_faces_in_two_threads_gives_what_one_thread_gives(finder, classifier, sample_photo):
+    with Image.open(sample_photo) as montage:
+        photos = [montage.crop((0, 0, 960, 960 - 40 * i)) for i in range(8)]
+
+    def read(photo):
+        return shared.read_faces(photo, finder, classifier)
+
+    with ThreadPoolExecutor(2) as threads:
+        for one, two in zip(map(read, photos), threads.map(read, photos), strict=True):
+            pd.testing.assert_frame_equal(one, two)
+
+
+NOTEBOOK = """
+import logging, sys, warnings
+import cv2, PIL.Image, torch
+
+def state():
+    root, filters = logging.getLogger(), list(map(str, warnings.filters))
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    return threads, filters, PIL.Image.MAX_IMAGE_PIXELS, root.level, root.handlers
+
+before = state()
+from model import Classifier, FaceFinder, read_faces
+faces = read_faces(sys.argv[1], FaceFinder(min_face_size=20), Classifier.load(sys.argv[2]))
+assert state() == before
+print(len(faces))
+"""
+
+
+def test_a_notebook_stays_as_it_was_and_nothing_is_printed(start, finder, classifier, sample_photo):
+    """The networks are compiled: converting them imports packages that add filters of warnings."""
+    notebook = start("-c", NOTEBOOK, sample_photo, shared.DEFAULT_MODEL)
+    assert notebook.communicate() == ("4\n", "")
+    assert notebook.returncode == 0
 
 
 def test_read_faces_takes_images_in_each_form(finder, classifier, sample_photo):
