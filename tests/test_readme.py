@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -190,6 +191,30 @@ def test_a_command_of_the_readme_or_of_a_scripts_help_runs(
     out, err = capsys.readouterr()
     assert out.strip()
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_the_stages_follow_each_other_by_their_defaults(run_script, tmp_path, monkeypatch, capsys):
+    """From an empty folder; photos lie where stage 2 puts them. Who sets a size sets it for what follows."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "resources", "resources", ignore=shutil.ignore_patterns("*.pt"))
+    make_photos(tmp_path)
+    make_fer(tmp_path / "fer2013.csv", tmp_path / "fer2013new.csv")
+    torch.save(shared.color_resnet(tiny_resnet.ARCH).state_dict(), "teacher.pth")
+    network = ["--arch", tiny_resnet.ARCH, "--teacher-weights", "teacher.pth"]
+    for script, *options in (
+        ["unpack_fer_data.py", "fer2013.csv"],
+        ["finetune_gray_imagenet.py", *network, "--epochs", "1", "--image-size", "32"],
+        ["finetune_fer.py", "--epochs", "1", "--image-size", "48"],
+        ["finetune_emotion.py", "--epochs", "1", "--max-loss", "100"],
+        ["detect_emotions.py", "clip.mp4", "--model", "runs/emotion/best.pt"],
+    ):
+        assert run_script(script, *options) == 0
+    sizes = [
+        shared.load_checkpoint(Path("runs", stage, "best.pt"))["image_size"] for stage in ("fer", "emotion")
+    ]
+    assert sizes == [48, 48]
+    assert {"clip_emotions.mp4", "data", "runs"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
