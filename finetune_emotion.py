@@ -787,6 +787,9 @@ def evaluate_photos(
     import torch
 
     found = shared.find_classes(data_dir)
+    if not set(found) & set(classifier.classes):
+        known = ", ".join(classifier.classes)
+        raise ValueError(f"the model has learned none of the folders in {data_dir}; it knows {known}")
     if unknown := sorted(set(found) - set(classifier.classes)):
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
     classes = sorted({*classifier.default_classes, *found} - set(unknown))

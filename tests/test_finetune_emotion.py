@@ -570,6 +570,13 @@ def test_evaluate_takes_faces_that_are_cut_already(tmp_path, fer_checkpoint, cap
     assert "of 10, mean recall" in capsys.readouterr().out
 
 
+def test_evaluate_names_what_the_model_knows_where_it_knows_no_folder(tmp_path, fer_checkpoint):
+    faces = make_faces(tmp_path / "faces", 2, ("bored", "calm"))
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main(["--evaluate", str(fer_checkpoint), "--data-dir", str(faces), "--cropped"])
+    assert stop.value.code.endswith(f"has learned none of the folders in {faces}; it knows angry, happy")
+
+
 def test_wilson_interval_is_that_of_the_book():
     assert finetune_emotion.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert finetune_emotion.wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=1e-3)
