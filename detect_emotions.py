@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -883,6 +884,7 @@ COLORS = {
     "neutral": "#E69F00",
     "contemptuous": "#000000",
 }
+SPARE_COLORS = ("#332288", "#DDCC77", "#882255", "#117733")  # of Paul Tol's "muted" scheme, the four farthest
 UNSURE_COLOR = "#8A8A8A"  # of no emotion
 # Chosen here by looking at portraits and at groups of up to 67 faces.
 MIN_FONT_SIZE = 12  # pixels; smaller letters run together
@@ -900,9 +902,9 @@ STEADY_FONT = 0.2  # of the font's size
 
 
 def class_colors(classes: Sequence[str]) -> dict[str, str]:
-    """Give each class its colour; one that has none gets one that no other class has, as far as they go."""
-    free = [color for name, color in COLORS.items() if name not in classes] or list(COLORS.values())
-    spare = itertools.cycle(free)
+    """Give each class its colour; one that has none gets one that no other has, up to twelve classes."""
+    free = [color for name, color in COLORS.items() if name not in classes]
+    spare = itertools.cycle([*free, *SPARE_COLORS])
     return {name: COLORS.get(name) or next(spare) for name in classes}
 
 
@@ -924,6 +926,20 @@ def load_font(path: Path | None, size: int) -> Font:
         return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
     except OSError as error:
         raise ValueError(f"{path} is not a font ({error}); name a TrueType or OpenType file") from None
+
+
+def report_letters(words: Iterable[str], font: Font) -> None:
+    """Print on stderr for which letters of some words a font has nothing but its sign for missing ones."""
+
+    def drawn(letter: str) -> tuple:
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    sign = drawn("\U0010ffff")  # which is no character
+    letters = {letter for letter in "".join(words) if letter.strip() and drawn(letter) == sign}
+    if letters:
+        lacking = "".join(sorted(letters))
+        print(f"the labels' font lacks {lacking}; name one that has them by --font", file=sys.stderr)
 
 
 def label_size(text: str, font: Font) -> tuple[int, int]:
@@ -1243,15 +1259,19 @@ class Summary:
             means = probs[run] / probs[run].sum(1, keepdims=True)
             yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
 
-    def plot(self, colors: dict[str, str], path: Path) -> None:
+    def plot(self, colors: dict[str, str], font_path: Path | None, path: Path) -> None:
         """Draw the longest tracks' probabilities over time into a PNG, each beside its face."""
         from matplotlib.figure import Figure
+        from matplotlib.font_manager import FontProperties
         from matplotlib.patches import Patch
 
         tracks = self.tracks()
         pictured = tracks[tracks["track"].isin(list(self.pictures))]
         shown = pictured.nlargest(NUM_PLOTTED, "seconds").sort_values("track")
-        figure = Figure(figsize=(11, 1.4 + 1.2 * max(len(shown), 1)), layout="constrained")
+        keys = [Patch(color=colors[name], label=name) for name in self.classes]
+        columns = min(len(keys), max(1, 120 // (max(map(len, self.classes)) + 6)))  # 120 letters fill a line
+        height = 1.15 + 0.25 * math.ceil(len(keys) / columns) + 1.2 * max(len(shown), 1)
+        figure = Figure(figsize=(11, height), layout="constrained")
         axes = figure.subplots(max(len(shown), 1), 2, width_ratios=(1, 11), squeeze=False)
         for track, (left, right) in zip(shown.to_dict("records"), axes, strict=False):
             left.imshow(self.pictures[track["track"]][1])
@@ -1259,7 +1279,7 @@ class Summary:
                 right.stackplot(times, parts.T, colors=[colors[name] for name in self.classes], step="post")
             share = track[f"share_{track['emotion']}"]
             title = f"track {track['track']}: {track['seconds']:.1f} s, {share:.0%} {track['emotion']}"
-            right.set_title(title, loc="left", fontsize=9)
+            right.set_title(title, loc="left", font=FontProperties(fname=font_path, size=9))
         for left, right in axes:
             left.axis("off")
             right.set(xlim=(float(self.start), float(self.end)), ylim=(0, 1), yticks=(0, 0.5, 1))
@@ -1267,9 +1287,10 @@ class Summary:
         axes[-1, 1].set_xlabel("time, s")
         if shown.empty:
             axes[0, 1].set_title("no face", loc="left", fontsize=9)
-        keys = [Patch(color=colors[name], label=name) for name in self.classes]
-        figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), frameon=False)
-        figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
+        font = FontProperties(fname=font_path, size=10)
+        figure.legend(handles=keys, loc="outside upper center", ncols=columns, frameon=False, prop=font)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of letters; main has told
+            figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
 
 
 def fits_mp4(source: av.AudioStream) -> bool:
@@ -1506,7 +1527,7 @@ def label_video(
             reason = "; ".join(video.lost) or "it is empty, or --start and --end leave none"
             raise ValueError(f"{video.name} has no frames that can be read: {reason}")
         if parts:
-            summary.plot(kit.colors, parts["timeline"])
+            summary.plot(kit.colors, kit.font_path, parts["timeline"])
             tracks = summary.tracks()
             tracks["emotion"] = tracks["emotion"].map(text_cell)
             tracks.to_csv(parts["tracks"], index=False, lineterminator="\r\n")
@@ -1621,6 +1642,7 @@ def main(argv: list[str] | None = None) -> None:
     classifier = load_classifier(args.model, device, args.emotions)
     colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
     kit = Kit(finder, classifier, colors, args.font, args.unsure)
+    report_letters(colors, load_font(args.font, MIN_FONT_SIZE))
     follow = functools.partial(
         follow_faces,
         finder=finder,

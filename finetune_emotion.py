@@ -15,10 +15,8 @@ those that training began with, and further if too much is forgotten all the sam
 "Robust fine-tuning of zero-shot models", arXiv:2109.01903). Photos that stand in the val or test of --mix,
 which may have come from a search too, are not learned from.
 
-The classes are the folders of --data-dir. With rehearsal the network keeps those of --init as well. Without
-it, classes that --init has not learned get a head that is fitted to its embeddings before the rest learns, so
-that a few photos and steps are enough (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and
-Underperform Out-of-Distribution", arXiv:2202.10054).
+The classes are the folders of --data-dir; with rehearsal the network keeps those of --init as well. For those
+that --init has not learned, the head is fitted before the rest learns, so that a few photos and steps do.
 
 Usage:
     python finetune_emotion.py
@@ -46,9 +44,8 @@ from tqdm import tqdm
 import model as shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    import pandas as pd
     import torch
     from torch import Tensor, nn
 
@@ -57,8 +54,8 @@ OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a 
 # Of 64 bits. In 2,239 scraped faces all 23 pairs looked at up to 4 bits apart are one picture, half of the 8
 # at 6 bits, a few of 16 at 8, none of 16 at 10. A wrong pair only shares a side of the split.
 DUPLICATE_BITS = 8
+HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
 FOLDS = 5  # of the cross-validation, chosen here
-HEAD_DECAY = 0.1  # L2 penalty of the cross-validated head: of 1e-4 to 0.1 in tens the best on scraped faces
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
 BLENDS = (0.5, 0.25)
@@ -185,9 +182,9 @@ def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
 
     table = pd.DataFrame(records)
     table["reason"] = table["reason"].fillna(OUTCOMES[0])
-    counts = pd.crosstab(table["reason"], table["label"])
-    counts = counts.reindex(index=OUTCOMES, columns=list(classes), fill_value=0)
-    counts["total"] = counts.sum(axis=1)
+    counts = pd.crosstab(table["label"], table["reason"])
+    counts = counts.reindex(index=list(classes), columns=OUTCOMES, fill_value=0)
+    counts.loc["total"] = counts.sum()
     print(counts.rename_axis(index=None, columns="photos").to_string())
     if len(unreadable := table["photo"][table["reason"] == OUTCOMES[3]]):
         print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
@@ -307,43 +304,6 @@ def load_labelled(
     )
 
 
-# --- a head for classes that are new ---
-
-
-def embed(net: nn.Module, faces: shared.FaceBatches) -> tuple[Tensor, Tensor]:
-    """Return what the head gets to see of faces, (N, D), and their labels (N,)."""
-    import torch
-
-    head, net.fc = net.fc, torch.nn.Identity()
-    embeddings, labels = shared.evaluate(net, faces.eval())
-    net.fc = head
-    return embeddings.clone(), labels  # out of inference mode
-
-
-def fit_head(embeddings: Tensor, labels: Tensor, num_classes: int) -> nn.Linear:
-    """Return a linear head that has learned from embeddings (N, D) and labels (N,), by L-BFGS."""
-    import torch
-    import torch.nn.functional as F
-
-    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
-    embeddings = (embeddings - mean) / std
-    head = torch.nn.Linear(embeddings.shape[1], num_classes)
-    torch.nn.init.zeros_(head.weight)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        head.zero_grad()
-        value = F.cross_entropy(head(embeddings), labels) + HEAD_DECAY * head.weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():  # it is to take embeddings as they are
-        head.weight /= std
-        head.bias -= head.weight @ mean
-    return head
-
-
 # --- from faces to batches ---
 
 
@@ -368,6 +328,17 @@ class Rehearsed:
         for batches in zip(self.photos.train(epoch), others, strict=False):
             images, targets = zip(*batches, strict=True)
             yield torch.cat(images), torch.cat(targets)
+
+    def eval(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the photos' faces and as many others as an epoch has, as they are: inputs and labels (n,)."""
+        import torch
+
+        others, generator = self.others, torch.Generator().manual_seed(self.others.seed)
+        drawn = shared.epoch_order(others.groups, others.balance, generator, others.weights)
+        drawn = drawn[: len(self) - len(self.photos)]
+        parts = others.images[drawn], others.labels[drawn]
+        yield from self.photos.eval()
+        yield from shared.FaceBatches(*parts, others.batch_size, others.image_size, others.device).eval()
 
 
 def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
@@ -466,6 +437,83 @@ def judged_sets(
     return sets
 
 
+# --- a head for classes that are new ---
+
+
+def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what the head gets to see of all batches, (N, D), and their labels (N,)."""
+    import torch
+
+    head, net.fc = net.fc, torch.nn.Identity()
+    embeddings, labels = shared.evaluate(net, batches)
+    net.fc = head
+    return embeddings.clone(), labels  # out of inference mode
+
+
+def fit_head(embeddings: Tensor, labels: Tensor, logits: Tensor, new: Sequence[int]) -> nn.Linear:
+    """Return a linear head of `new` classes alone that has learned from embeddings (N, D), by L-BFGS.
+
+    Args:
+        labels: (N,), of all C classes.
+        logits: (N, C), what the other classes get; those of the new ones do not matter.
+        new: indices of classes.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    mean, std = embeddings.mean(0), embeddings.std(0).clamp(min=1e-6)
+    embeddings, new = (embeddings - mean) / std, torch.tensor(new)
+    head = torch.nn.Linear(embeddings.shape[1], len(new))
+    torch.nn.init.zeros_(head.weight)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        head.zero_grad()
+        value = F.cross_entropy(logits.index_copy(1, new, head(embeddings)), labels)
+        value = value + HEAD_DECAY * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():  # it is to take embeddings as they are
+        head.weight /= std
+        head.bias -= head.weight @ mean
+    return head
+
+
+def fit_new_rows(
+    net: nn.Module, train: shared.FaceBatches | Rehearsed, classes: Sequence[str], parent: dict
+) -> dict:
+    """Fit the head's rows of classes that are new, to the faces as they are; the others stay.
+
+    Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
+    first steps would spoil these.
+
+    Args:
+        classes: of the head.
+        parent: the checkpoint that training begins with.
+
+    Returns:
+        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
+
+    Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", arXiv:2202.10054.
+    """
+    import torch
+
+    new = [row for row, name in enumerate(classes) if name not in parent["classes"]]
+    if not new:
+        return parent
+    embeddings, labels = embed(net, train.eval())
+    device = net.fc.weight.device
+    with torch.no_grad():
+        logits = net.fc(embeddings.to(device)).cpu()
+    rows = fit_head(embeddings, labels, logits, new).to(device)
+    with torch.no_grad():
+        net.fc.weight[new], net.fc.bias[new] = rows.weight, rows.bias
+    return {**parent, "temperature": 1.0, "temperature_all": 1.0}
+
+
 # --- doubts about labels ---
 
 
@@ -480,7 +528,8 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
     probs = torch.zeros(len(labels), num_classes)
     for fold in range(FOLDS):
         rest = folds != fold
-        head = fit_head(embeddings[rest], labels[rest], num_classes)
+        logits = torch.zeros(int(rest.sum()), num_classes)
+        head = fit_head(embeddings[rest], labels[rest], logits, range(num_classes))
         with torch.no_grad():
             probs[~rest] = head(embeddings[~rest]).softmax(1)
     return probs
@@ -495,7 +544,7 @@ def second_opinion(
     """
     import torch
 
-    embeddings, labels = embed(net, faces)
+    embeddings, labels = embed(net, faces.eval())
     with torch.inference_mode():
         logits = net.fc(embeddings.to(faces.device)).cpu()
     learned = cross_validate(embeddings, labels, groups, logits.shape[1])
@@ -628,11 +677,14 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     import torch
 
     width = max(map(len, results["before"])) + 1
-    print(f"{'':{width + 7}}" + "".join(f"{name:>12}" for name in ("n", "accuracy", "mean recall", *classes)))
+    columns = {name: max(12, len(name) + 1) for name in ("n", "accuracy", "mean recall", *classes)}
+    print(f"{'':{width + 7}}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
-        shares = (row["acc"], row["mean_recall"], *row["recall"].values())
-        print(f"{name:{width}}{when:7}{row['n']:12}" + "".join(f"{share:12.1%}" for share in shares))
+        shares = [row["acc"], row["mean_recall"], *row["recall"].values()]
+        cells = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
+        sized = zip(cells, columns.values(), strict=True)
+        print(f"{name:{width}}{when:7}" + "".join(f"{cell:>{size}}" for cell, size in sized))
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
@@ -652,18 +704,19 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
 
 
-def draw_mistakes(judged: pd.DataFrame, crops: Sequence[Image.Image], path: Path) -> None:
-    """Draw the 48 surest mistakes, if there are any, into a PNG of 8 a row; `crops` are the rows' faces."""
-    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
-    if mistakes.empty:
-        return
-    side, line, columns = 128, 34, 8
-    sheet = Image.new("RGB", (side * columns, (side + line) * math.ceil(len(mistakes) / columns)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, row in enumerate(mistakes.itertuples()):
-        x, y = number % columns * side, number // columns * (side + line)
-        sheet.paste(crops[row.Index].convert("RGB").resize((side, side)), (x, y))
-        text = f"{row.label}, said\n{row.emotion} {row.prob:.2f}"
+def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
+    """Draw faces, each with lines of text below it, into a PNG of 8 a row."""
+    from matplotlib import font_manager
+
+    font = ImageFont.truetype(font_manager.findfont(font_manager.FontProperties()), 11)  # as the plots'
+    lines = [line for _, text in faces for line in text.splitlines()]
+    side, below, columns = 128, 34, 8
+    width = max(side, math.ceil(max(map(font.getlength, lines))) + 8)
+    sheet = Image.new("RGB", (width * columns, (side + below) * math.ceil(len(faces) / columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (face, text) in enumerate(faces):
+        x, y = number % columns * width, number // columns * (side + below)
+        sheet.paste(face.convert("RGB").resize((side, side)), (x, y))
         draw.multiline_text((x + 2, y + side + 1), text, "black", font)
     with shared.replacing(path) as temporary:
         sheet.save(temporary, "PNG")
@@ -693,6 +746,9 @@ def evaluate_photos(
 
     classifier = shared.Classifier(checkpoint, device, ["all"])
     found = shared.find_classes(data_dir)
+    if not set(found) & set(classifier.classes):
+        known = ", ".join(classifier.classes)
+        raise ValueError(f"the model has learned none of the folders in {data_dir}; it knows {known}")
     if unknown := sorted(set(found) - set(classifier.classes)):
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
     classes = sorted({*classifier.default_classes, *found} - set(unknown))
@@ -725,8 +781,11 @@ def evaluate_photos(
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
     logits = torch.from_numpy(np.stack(all_probs)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
-    if out_dir:
-        draw_mistakes(judged, crops, out_dir / "photos_mistakes.png")
+    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
+    if out_dir and len(mistakes):
+        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
+        faces = zip([crops[i] for i in mistakes.index], lines, strict=True)
+        draw_mistakes(list(faces), out_dir / "photos_mistakes.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -878,8 +937,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
         mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
-        if not sources and not set(found) <= set(parent["classes"]):
-            net.fc = fit_head(*embed(net, train), len(found)).to(device)
+        parent = fit_new_rows(net, train, learned, parent)
         shared.freeze_except(net, args.unfreeze)
         run = shared.Run(
             args.out_dir,

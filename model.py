@@ -43,6 +43,8 @@ import secrets
 import shutil
 import statistics
 import sys
+import textwrap
+import threading
 import time
 import warnings
 import zipfile
@@ -511,7 +513,6 @@ class Engine:
     What OpenVINO converts and compiles is kept in the user's cache folder, for converting takes seconds. What
     is kept there is good for one set of weights and versions; what is missing, damaged, or in reach of other
     users is made again.
-    Not to be called by two threads at once.
 
     Attributes:
         notes: those of its blueprint.
@@ -612,10 +613,11 @@ def _openvino_engine(
             compiled = core.compile_model(model, "CPU", options)
     with contextlib.suppress(OSError):
         os.utime(folder)  # it is in use
-    request = compiled.create_infer_request()
+    request, lock = compiled.create_infer_request(), threading.Lock()
 
     def infer(images: np.ndarray) -> list[np.ndarray]:
-        return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
+        with lock:  # a request takes one thread at a time
+            return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
 
     return infer, notes
 
@@ -1677,6 +1679,21 @@ def report(
     print(f"wrote {path}, {split}_confusion.png and {split}_reliability.png")
 
 
+@functools.cache  # once for all plots
+def _report_letters() -> None:
+    """Print that class names are drawn with empty boxes."""
+    remedy = "set font.family in a matplotlibrc to one that has them"
+    print(f"the plots' font lacks letters of the classes' names; {remedy}", file=sys.stderr)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:  # noqa: F821
+    """Write a figure as PNG."""
+    with replacing(path) as temporary, warnings.catch_warnings(record=True) as caught:
+        figure.savefig(temporary, format="png", dpi=150)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        _report_letters()
+
+
 def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Path) -> None:
     """Draw the named figures over the epochs into a PNG, a panel for each entry of `panels`."""
     from matplotlib.figure import Figure
@@ -1691,8 +1708,7 @@ def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Pa
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    _save_figure(figure, path)
 
 
 def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
@@ -1700,23 +1716,24 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
     from matplotlib.figure import Figure
 
     shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    names = [textwrap.fill(name, 20) for name in classes]
+    is_long = max(len(line) for name in names for line in name.splitlines()) > 9  # of a column's width
+    side = max(5, 1.5 + 0.7 * len(names))  # inches: each cell holds two lines of text
+    figure = Figure(figsize=(1.2 * side + 5, side), layout="constrained")
     figure.suptitle(title)
-    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2 * side, 5), sharey=True)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(*matrix.shape):
         share = shares[row, column]
         text, color = f"{share:.1%}\n{matrix[row, column]}", "white" if share > 0.5 else "black"
         left.text(column, row, text, ha="center", va="center", color=color)
-    ticks = range(len(classes))
-    left.set(xticks=ticks, yticks=ticks, xticklabels=classes, yticklabels=classes)
-    left.set(xlabel="predicted", ylabel="true")
+    ticks = range(len(names))
+    left.set(yticks=ticks, yticklabels=names, xlabel="predicted", ylabel="true")
+    left.set_xticks(ticks, names, rotation=90 if is_long else 0)
     bars = right.barh(ticks, shares.diagonal())
     right.bar_label(bars, [f"{recall:.1%}" for recall in shares.diagonal()], padding=3)
-    right.set(yticks=ticks, yticklabels=classes, xlim=(0, 1.12), xlabel="recall")
-    right.invert_yaxis()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    right.set(xlim=(0, 1.12), xlabel="recall")
+    _save_figure(figure, path)
 
 
 def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
@@ -1735,8 +1752,7 @@ def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> N
     edges = np.linspace(0, 1, len(counts) + 1)
     lower.bar(edges[:-1], counts, width=1 / len(counts), align="edge", edgecolor="white")
     lower.set(xlabel="probability of the predicted class", ylabel="faces")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    _save_figure(figure, path)
 
 
 # --- checkpoints ---
@@ -2525,8 +2541,6 @@ def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
     """Find and classify the faces of one image or a list of them.
-
-    Not to be called from several threads with the same finder or classifier.
 
     Args:
         images: see `as_image`; or a list or tuple of these.

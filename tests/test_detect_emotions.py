@@ -7,6 +7,7 @@ import os
 import signal
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -27,6 +28,7 @@ from detect_emotions import (
     MARK,
     MIN_FONT_SIZE,
     NUM_PLACES,
+    SPARE_COLORS,
     class_colors,
     draw_faces,
     fit_font,
@@ -423,6 +425,18 @@ def test_font_option_changes_the_label(run, portrait, tmp_path):
     code, out, err = run(tmp_path / "photo.png", "--font", SAMPLE)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {SAMPLE} is not a font")
+
+
+def test_letters_that_the_font_lacks_are_named_once_with_the_remedy(run, portrait, tmp_path):
+    portrait.save(tmp_path / "photo.png")
+    torch.manual_seed(0)
+    classes = ("calm", "drôle", "快乐")
+    model = write_checkpoint(tmp_path / "best.pt", shared.gray_resnet(ARCH, 3), classes, stage="emotion")
+    code, _, err = run(tmp_path / "photo.png", "--model", model)
+    assert code == 0
+    assert err == "the labels' font lacks ô乐快; name one that has them by --font\n"
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    assert "lacks 乐快;" in run(tmp_path / "photo.png", "--model", model, "--font", font)[2]
 
 
 # --- folders ---
@@ -938,8 +952,9 @@ def lab(linear):
 @pytest.mark.parametrize("vision", [None, *COLOR_BLINDNESS])
 def test_emotions_have_colors_that_the_color_blind_can_tell_apart(vision):
     matrix = np.array(COLOR_BLINDNESS[vision]) if vision else np.eye(3)
-    seen = {name: lab(matrix @ linear_rgb(color)) for name, color in COLORS.items()}
-    for pair in itertools.combinations(COLORS, 2):
+    colors = COLORS | {color: color for color in SPARE_COLORS}
+    seen = {name: lab(matrix @ linear_rgb(color)) for name, color in colors.items()}
+    for pair in itertools.combinations(colors, 2):
         distance = np.linalg.norm(seen[pair[0]] - seen[pair[1]])
         # 2.3 is just noticeable side by side; here colours are far apart and around thin lines.
         assert distance > (24 if set(pair) <= set(shared.EMOTIONS) else 15), pair
@@ -951,14 +966,15 @@ def test_every_class_has_a_color_of_its_own():
         (*shared.EMOTIONS, "fearful", "neutral"),
         (*shared.EMOTIONS, "bored", "calm"),
         ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"),
+        tuple(f"class {number}" for number in range(12)),
     ):
         colors = class_colors(classes)
         assert tuple(colors) == classes
         assert len(set(colors.values())) == len(classes)
-    assert set(class_colors([*COLORS, "bored"])) == {*COLORS, "bored"}  # more than there are colours
+    assert len(class_colors(range(20))) == 20  # more than there are colours
 
 
-@pytest.mark.parametrize("color", COLORS.values())
+@pytest.mark.parametrize("color", [*COLORS.values(), *SPARE_COLORS])
 def test_text_contrasts_with_its_label(color):
     def luminance(color):
         return linear_rgb(color) @ (0.2126, 0.7152, 0.0722)
@@ -1037,6 +1053,42 @@ def test_read_faces_gives_the_rows_of_the_table(run, classifier, sample_photo, t
     numbers = [name for name in table.columns if name not in {"file", "emotion", "frame", "time", "track"}]
     assert np.array_equal(table[numbers].astype(float), expected[numbers].astype(float))
     assert table["emotion"].tolist() == expected["emotion"].tolist()
+
+
+def test_read_faces_in_two_threads_gives_what_one_thread_gives(finder, classifier, sample_photo):
+    with Image.open(sample_photo) as montage:
+        photos = [montage.crop((0, 0, 960, 960 - 40 * i)) for i in range(8)]
+
+    def read(photo):
+        return shared.read_faces(photo, finder, classifier)
+
+    with ThreadPoolExecutor(2) as threads:
+        for one, two in zip(map(read, photos), threads.map(read, photos), strict=True):
+            pd.testing.assert_frame_equal(one, two)
+
+
+NOTEBOOK = """
+import logging, sys, warnings
+import cv2, PIL.Image, torch
+
+def state():
+    root, filters = logging.getLogger(), list(map(str, warnings.filters))
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    return threads, filters, PIL.Image.MAX_IMAGE_PIXELS, root.level, root.handlers
+
+before = state()
+from model import Classifier, FaceFinder, read_faces
+faces = read_faces(sys.argv[1], FaceFinder(min_face_size=20), Classifier.load(sys.argv[2]))
+assert state() == before
+print(len(faces))
+"""
+
+
+def test_a_notebook_stays_as_it_was_and_nothing_is_printed(start, finder, classifier, sample_photo):
+    """The networks are compiled: converting them imports packages that add filters of warnings."""
+    notebook = start("-c", NOTEBOOK, sample_photo, shared.DEFAULT_MODEL)
+    assert notebook.communicate() == ("4\n", "")
+    assert notebook.returncode == 0
 
 
 def test_read_faces_takes_images_in_each_form(finder, classifier, sample_photo):

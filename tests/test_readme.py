@@ -3,6 +3,7 @@
 The commands build on each other. The long ones run on a small cut of the data.
 """
 
+import io
 import itertools
 import lzma
 import re
@@ -12,13 +13,15 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_resnet
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, write_checkpoint
 from PIL import Image
 from test_detect_video import write_video
 
@@ -30,6 +33,8 @@ COMMANDS = [
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     for line in block.replace("\\\n", "").splitlines()
 ]
+# Of the table of wishes too; they need what the blocks make.
+COMMANDS += re.findall(r"`(python \w+\.py [^`]+)`", README)
 INSTALLS = [command for command in COMMANDS if "venv" in command]
 STAGES = [command for command in COMMANDS if command.startswith("python ")]
 SCRIPTS = sorted({shlex.split(command)[1] for command in STAGES})
@@ -37,6 +42,7 @@ EXAMPLES = {
     script: re.findall(r"^    (python .*)$", (ROOT / script).read_text(), re.MULTILINE) for script in SCRIPTS
 }
 
+OWN_CLASSES = ("attentive", "bored", "confused")
 SPLITS = ("Training", "PublicTest", "PrivateTest")
 VOTES = "neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
 
@@ -106,6 +112,13 @@ def copy_photos(folder, real_data):
     shutil.copy(real_data / "video" / "single_face.mp4", folder / "clip.mp4")
 
 
+def copy_own_photos(folder):
+    """Copy some of these photos to where the README's page on own classes has them."""
+    for own, emotion in zip(OWN_CLASSES, shared.EMOTIONS, strict=False):
+        for data_dir in ("mine", "mine_test"):
+            shutil.copytree(folder / "data" / "google" / emotion, folder / "data" / data_dir / own)
+
+
 @pytest.fixture(scope="module", params=["tiny", pytest.param("real", marks=pytest.mark.slow)])
 def checkout(request, tmp_path_factory):
     """Lay out what a user brings: stand-ins and a tiny network, or real data and torchvision's download.
@@ -120,11 +133,15 @@ def checkout(request, tmp_path_factory):
     tables = [folder / name for name in ("fer2013.csv", "fer2013new.csv")]
     if request.param == "tiny":
         make_photos(folder)
+        copy_own_photos(folder)
         make_fer(*tables)
+        net = shared.gray_resnet(tiny_resnet.ARCH, 5)
+        write_checkpoint(folder / "resources" / "emotion_resnet50.pt", net, shared.EMOTIONS)
         torch.save(shared.color_resnet(tiny_resnet.ARCH).state_dict(), folder / "teacher.pth")
         return folder, ["--arch", tiny_resnet.ARCH, "--teacher-weights", "teacher.pth"]
     real_data = request.getfixturevalue("real_data")
     copy_photos(folder, real_data)
+    copy_own_photos(folder)
     cut_fer(real_data / "fer2013.csv.xz", real_data / "ferplus.csv", *tables)
     kept = folder / "torch" / "hub" / "checkpoints"
     kept.mkdir(parents=True)
@@ -143,6 +160,7 @@ def test_ci_runs_the_two_commands_as_printed_and_the_slow_tests():
 
 def test_the_readme_shows_every_script():
     assert {shlex.split(command)[1] for command in STAGES} == set(SMOKE)
+    assert len(README.splitlines()) <= 250
 
 
 @pytest.fixture
@@ -175,6 +193,30 @@ def test_a_command_of_the_readme_or_of_a_scripts_help_runs(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
+def test_the_stages_follow_each_other_by_their_defaults(run_script, tmp_path, monkeypatch, capsys):
+    """From an empty folder; photos lie where stage 2 puts them. Who sets a size sets it for what follows."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "resources", "resources", ignore=shutil.ignore_patterns("*.pt"))
+    make_photos(tmp_path)
+    make_fer(tmp_path / "fer2013.csv", tmp_path / "fer2013new.csv")
+    torch.save(shared.color_resnet(tiny_resnet.ARCH).state_dict(), "teacher.pth")
+    network = ["--arch", tiny_resnet.ARCH, "--teacher-weights", "teacher.pth"]
+    for script, *options in (
+        ["unpack_fer_data.py", "fer2013.csv"],
+        ["finetune_gray_imagenet.py", *network, "--epochs", "1", "--image-size", "32"],
+        ["finetune_fer.py", "--epochs", "1", "--image-size", "48"],
+        ["finetune_emotion.py", "--epochs", "1", "--max-loss", "100"],
+        ["detect_emotions.py", "clip.mp4", "--model", "runs/emotion/best.pt"],
+    ):
+        assert run_script(script, *options) == 0
+    sizes = [
+        shared.load_checkpoint(Path("runs", stage, "best.pt"))["image_size"] for stage in ("fer", "emotion")
+    ]
+    assert sizes == [48, 48]
+    assert {"clip_emotions.mp4", "data", "runs"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize(
     "script",
     sorted({*SMOKE, "download_data.py emotions", "download_data.py imagenet"} - {"download_data.py"}),
@@ -193,6 +235,21 @@ def test_help_ends_with_two_examples(script, run_script, capsys):
     *_, title, first, second = capsys.readouterr().out.rstrip().splitlines()
     assert title == "examples:"
     assert [first.strip(), second.strip()] == EXAMPLES[script]
+
+
+def test_the_python_of_the_readme_gives_the_numbers_of_csv(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(code, names)
+    csv_path = tmp_path / "faces.csv"
+    assert run("resources/sample.jpg", "--out-dir", tmp_path, "--csv", csv_path)[0] == 0
+    table = pd.read_csv(csv_path)
+    drawn = names["faces"].to_csv(index=False)
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(drawn)), table)
+    columns = [f"prob_{name}" for name in names["classifier"].classes]
+    probs = sorted(map(tuple, names["probs"].round(4).tolist()))
+    assert np.allclose(probs, sorted(map(tuple, table[columns].to_numpy())), atol=1e-4)
 
 
 def test_every_image_of_the_readme_is_there():
