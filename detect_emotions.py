@@ -53,7 +53,7 @@ from tqdm import tqdm
 import model as shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from types import ModuleType
 
     import av
@@ -261,18 +261,20 @@ def is_own(path: Path) -> bool:
 # --- plan ---
 
 
-def name_outputs(source: Source, base: str, has_video: bool) -> dict[str, Path]:
-    """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
+def name_outputs(source: Source, base: str, has_copies: bool) -> dict[str, Path]:
+    """Name what is made of a photo ("copy") or a video ("video", "faces", "tracks", "timeline")."""
     if source.folder is None:
         return {}
     if source.kind == "photo":
+        if not has_copies:
+            return {}
         is_kept = Image.registered_extensions().get(source.path.suffix.lower()) in KEPT_FORMATS
         return {"copy": source.folder / f"{base}_emotions{source.path.suffix if is_kept else '.png'}"}
-    parts = ENDINGS if has_video else [part for part in ENDINGS if part != "video"]
+    parts = ENDINGS if has_copies else [part for part in ENDINGS if part != "video"]
     return {part: source.folder / f"{base}_emotions{ENDINGS[part]}" for part in parts}
 
 
-def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[str, Path]]:
+def name_apart(sources: Sequence[Source], has_copies: bool) -> dict[Source, dict[str, Path]]:
     """Name the outputs of all, x_emotions for x.png, or by more of its path where others would be that too.
 
     a.gif and a.png of one folder become a.gif_emotions.png and a.png_emotions.png, b.png of two folders
@@ -283,7 +285,7 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
     for has_digest in (False, True):
         sharing = defaultdict(list)
         for source in sources:
-            for path in name_outputs(source, bases[source], has_video).values():
+            for path in name_outputs(source, bases[source], has_copies).values():
                 sharing[unicodedata.normalize("NFC", str(real_path(path))).casefold()].append(source)
         for _, group in sorted(sharing.items()):
             if len(group) == 1:
@@ -295,11 +297,11 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
                 bases[source] = "_".join(below.parts)
                 if has_digest:
                     bases[source] += "_" + hashlib.sha256(os.fsencode(below)).hexdigest()[:8]
-    return {source: name_outputs(source, bases[source], has_video) for source in sources}
+    return {source: name_outputs(source, bases[source], has_copies) for source in sources}
 
 
 def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None, left_out: Counter[str]
+    sources: Sequence[Source], has_copies: bool, csv_path: Path | None, left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
     """Name all outputs; leave out what stands where one goes: a copy, most likely, and to be replaced.
 
@@ -307,7 +309,7 @@ def plan_outputs(
         ValueError: an output would overwrite a source that was named, or the CSV a source or an output.
     """
     outputs = {
-        real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
+        real_path(path) for paths in name_apart(sources, has_copies).values() for path in paths.values()
     }
     kept = [
         source
@@ -315,7 +317,7 @@ def plan_outputs(
         if real_path(source.path) not in outputs or (source.is_named and not is_own(source.path))
     ]
     left_out["in the place of a copy"] += len(sources) - len(kept)
-    plan = name_apart(kept, has_video)
+    plan = name_apart(kept, has_copies)
     owners = {path: source for source, outputs in plan.items() for path in outputs.values()}
     named = {real_path(source.path) for source in kept if source.is_named}
     for path, source in owners.items():
@@ -337,7 +339,8 @@ def leave_out_finished(
     def is_finished(source: Source) -> bool:
         with suppress(OSError):
             changed = source.path.stat().st_mtime
-            return all(path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values())
+            times = [path.stat().st_mtime for path in plan[source].values() if is_own(path)]
+            return bool(times) and len(times) == len(plan[source]) and min(times) >= changed
         return False
 
     left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
@@ -867,6 +870,85 @@ def follow_faces(
                 )
                 faces.append({"track": track.number, **record})
             yield frame, faces
+
+
+# --- privacy ---
+
+# Measured on 30 photos with 138 faces, see resources/EXPERIMENTS.md.
+HEAD = (-0.35, -0.45, 0.35, 0.2)  # what a head has beyond its face's box, in the box's sides
+NUM_TILES = 6  # squares along the longer side of a hidden head
+HIDDEN_AROUND = 0.5  # s before and after each sight of a face to be hidden; chosen here
+HIDDEN_GROWTH = 1.0  # of the box's sides, by which it grows each way for each s away from a sight
+DELAY_PIXELS = 2**28  # of the frames that wait for it, which is half a second of 4K at 60 frames/s
+
+
+def labels_to_hide(names: Sequence[str], labels: Iterable[str]) -> set[str]:
+    """Return the labels that --blur hides: UNSURE too, for such a face may look like any of them.
+
+    Raises:
+        ValueError: there is no such label.
+    """
+    labels = list(labels)
+    if unknown := [name for name in names if name not in {*labels, "all"}]:
+        known = ", ".join(labels)
+        raise ValueError(f"--blur {unknown[0]} is none of {known}, or all; put INPUT before --blur")
+    return {*(labels if "all" in names else names), shared.UNSURE} if names else set()
+
+
+def hide_heads(image: Image.Image, boxes: Iterable[Sequence[float]]) -> Image.Image:
+    """Return a copy of the image where an oval around each face, as large as the head, is a few squares."""
+    copy = image.copy()
+    for x0, y0, x1, y1 in boxes:
+        head = np.array((x0, y0, x1, y1)) + np.array(HEAD) * np.tile((x1 - x0, y1 - y0), 2)
+        corner = np.floor(head[:2]).clip(0, image.size).astype(int)
+        size = np.ceil(head[2:]).clip(0, image.size).astype(int) - corner
+        if (size <= 0).any():
+            continue
+        tile = (head[2:] - head[:2]).max() / NUM_TILES
+        part = image.crop((*corner.tolist(), *(corner + size).tolist()))
+        tiles = part.resize((size / tile).round().clip(1).astype(int).tolist(), Image.Resampling.BOX)
+        mask = Image.new("L", part.size)
+        ImageDraw.Draw(mask).ellipse((head - np.tile(corner, 2)).tolist(), fill=255)
+        copy.paste(tiles.resize(part.size, Image.Resampling.NEAREST), corner.tolist(), mask)
+    return copy
+
+
+def hide_in_frames(
+    followed: Iterable[tuple[Frame, list[dict]]], hidden: Collection[str], look_ahead: float
+) -> Iterator[tuple[Frame, list[dict]]]:
+    """Pass on what `follow_faces` gives, the heads of faces whose label is `hidden` made squares.
+
+    A face is hidden from `look_ahead` s before each such sight of it until HIDDEN_AROUND s after it, whatever
+    its label there, and also where it is not found. The frames come as much later, or a little earlier if
+    they are very large.
+    """
+    waiting, sights = deque(), defaultdict(deque)
+
+    def hide_next() -> tuple[Frame, list[dict]]:
+        frame, faces = waiting.popleft()
+        now, boxes = float(frame.time), []
+        for track, seen in list(sights.items()):
+            while seen and seen[0][0] < now - HIDDEN_AROUND:
+                seen.popleft()
+            near = [sight for sight in seen if sight[0] <= now + look_ahead]
+            if any(is_hidden for _, _, is_hidden in near):
+                times, known, _ = (np.array(part) for part in zip(*near, strict=True))
+                box = np.array([np.interp(now, times, side) for side in known.T])
+                away = np.abs(times - now).min() * HIDDEN_GROWTH
+                boxes.append(box + away * np.tile(box[2:] - box[:2], 2) * (-1, -1, 1, 1))
+            elif not seen:
+                del sights[track]
+        return frame._replace(image=hide_heads(frame.image, boxes)), faces
+
+    for frame, faces in followed:
+        waiting.append((frame, faces))
+        for face in faces:
+            sights[face["track"]].append((float(frame.time), face["box"], face["emotion"] in hidden))
+        max_waiting = DELAY_PIXELS // (frame.image.width * frame.image.height)
+        while waiting and (frame.time - waiting[0][0].time >= look_ahead or len(waiting) > max_waiting):
+            yield hide_next()
+    while waiting:
+        yield hide_next()
 
 
 # --- labels ---
@@ -1432,14 +1514,20 @@ class Kit(NamedTuple):
     colors: dict[str, str]  # of all that a label may be
     font_path: Path | None
     unsure: float  # see `model.face_record`
+    hidden: Collection[str]  # labels whose faces no picture may show
+    has_labels: bool  # else nothing is drawn
 
 
-def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
-    """Write a photo's labelled copy; return the record that --json prints."""
+def label_photo(path: Path, copy: Path | None, kit: Kit) -> tuple[dict, Image.Image]:
+    """Write a photo's labelled copy; return the record that --json prints, and the photo as may be shown."""
     image = shared.open_picture(path)
     faces = shared.label_faces(image, kit.finder, kit.classifier, kit.unsure)
-    save_image(draw_faces(image, faces, kit.colors, kit.font_path), copy)
-    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
+    if kit.hidden:
+        image = hide_heads(image, [face["box"] for face in faces if face["emotion"] in kit.hidden])
+    if copy:
+        labelled = draw_faces(image, faces, kit.colors, kit.font_path) if kit.has_labels else image
+        save_image(labelled, copy)
+    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}, image
 
 
 @contextmanager
@@ -1488,6 +1576,8 @@ def label_video(
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         followed = stack.enter_context(closing(in_background(follow(frames, batch_size=ahead), ahead)))
+        if kit.hidden:  # from here on no picture shows them
+            followed = hide_in_frames(followed, kit.hidden, HIDDEN_AROUND if video.path else 0)
         name = shared.printable(video.name)
         for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=None):
             when = round(float(frame.time), 4)
@@ -1495,8 +1585,9 @@ def label_video(
             table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
             size = {"width": frame.image.width, "height": frame.image.height}
             emit({"file": video.name, **size, "frame": frame.number, "time": when, "faces": faces})
-            if "video" in parts or window:
-                image = draw_faces(frame.image, faces, kit.colors, kit.font_path, drawn)
+            image = frame.image
+            if kit.has_labels and ("video" in parts or window):
+                image = draw_faces(image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
                 writer = writer or stack.enter_context(closing(VideoWriter(parts["video"], video, frame)))
                 writer.write(frame, image)
@@ -1546,6 +1637,20 @@ def face_size(text: str) -> float:
     return value
 
 
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what pictures show, and which are written."""
+    blur_help = (
+        "make the heads of faces with these labels, or of all, a few squares in everything that shows them; "
+        "unsure faces too; in videos from half a second before (not live) until half a second after, and the "
+        "whole frame is searched every half second or more often. Faces that are not found stay as they are "
+        "(--min-face-prob 0.7 finds more), and so does the sound"
+    )
+    parser.add_argument("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
+    parser.add_argument("--no-labels", action="store_true", help="draw no boxes and labels into the copies")
+    no_copies = "write no labelled photos and videos, only tables, plots and the like"
+    parser.add_argument("--no-copies", "--no-video", action="store_true", help=no_copies)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = shared.build_parser(__doc__)
@@ -1573,7 +1678,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
     add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
     add("--end", type=clock_time, metavar="T", help="end videos there, s or h:mm:ss")
-    add("--no-video", action="store_true", help="write only the tables and plots of videos")
+    add_picture_options(parser)
     each = "classify a video's faces in every so many frames"
     add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
     search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
@@ -1592,7 +1697,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
     if not (args.inputs or args.camera is not None or args.version):
-        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions")
+        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
     if args.version:
         print(describe_version(args.model))
         sys.exit()
@@ -1609,7 +1714,7 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
-    plan = plan_outputs(sources, not args.no_video, args.csv, left_out)
+    plan = plan_outputs(sources, not args.no_copies, args.csv, left_out)
     if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
         plan = leave_out_finished(plan, left_out)
     check_outputs(plan, args.csv, args.overwrite)
@@ -1620,13 +1725,15 @@ def main(argv: list[str] | None = None) -> None:
     finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
     classifier = load_classifier(args.model, device, args.emotions)
     colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
-    kit = Kit(finder, classifier, colors, args.font, args.unsure)
+    hidden = labels_to_hide(args.blur, colors)
+    most = 0 if args.camera is not None else HIDDEN_AROUND  # s between searches, where there is no look ahead
+    kit = Kit(finder, classifier, colors, args.font, args.unsure, hidden, not args.no_labels)
     follow = functools.partial(
         follow_faces,
         finder=finder,
         classifier=classifier,
         every=args.every,
-        search_every=args.search_every,
+        search_every=min(args.search_every, most) if hidden else args.search_every,
         smooth=args.smooth,
         unsure=args.unsure,
     )
@@ -1642,7 +1749,8 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 check_replaceable(outputs.values(), args.overwrite)
                 if source.kind == "photo":
-                    emit(label_photo(source.path, outputs["copy"], kit))
+                    record, _ = label_photo(source.path, outputs.get("copy"), kit)
+                    emit(record)
                     continue
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
