@@ -1606,10 +1606,11 @@ class Report:
         parts = [round(1000 * prob) for prob in probs]
         return {"label": self._labels.index(emotion), "probs": parts, "crop": as_jpeg(picture)}
 
-    def _add_input(self, file: object, image: Image.Image, faces: list[dict], about: dict) -> None:
+    def _add_input(self, file: str | Path, image: Image.Image, faces: list[dict], about: dict) -> None:
         poster = image.copy()
         poster.thumbnail((POSTER_SIZE, POSTER_SIZE))
-        about |= {"file": shared.printable(file), "size": image.size, "poster": as_jpeg(poster)}
+        name = shared.printable(Path(file).as_posix())
+        about = {"file": name, "size": image.size, "poster": as_jpeg(poster), **about}
         self._add({**about, "faces": faces})
 
 
