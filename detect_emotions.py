@@ -3,12 +3,13 @@
 MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet
 classifies a square crop of each. In a video the faces are followed from frame to frame, and their
 probabilities are smoothed over time; beside the labelled video stand a table of all faces in all frames, one
-of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
-video, tab-separated, or JSON Lines.
+of the tracks, and a plot of their emotions over time. --report shows all of it on one page for a browser.
+--blur hides faces before anything that shows pixels sees them. stdout has a line for each face of a photo and
+for each video, tab-separated, or JSON Lines.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
-(where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
-videos, plots, the live window), main.
+(where the outputs go), frames (reading videos and cameras), tracks, privacy (hiding faces), labels (drawing),
+outputs (tables, videos, plots, the live window), report, main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
@@ -880,7 +881,7 @@ def follow_faces(
 
 # --- privacy ---
 
-# Measured on 30 photos with 138 faces, see resources/EXPERIMENTS.md.
+# By finders and an identity network on 31 photos and three videos, see resources/EXPERIMENTS.md.
 HEAD = (-0.35, -0.45, 0.35, 0.2)  # what a head has beyond its face's box, in the box's sides
 NUM_TILES = 6  # squares along the longer side of a hidden head
 HIDDEN_AROUND = 0.5  # s before and after each sight of a face to be hidden; chosen here

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from test_detect_video import OUTPUTS, SAMPLE, read_video, write_video
 
-from detect_emotions import HIDDEN_AROUND, Frame, hide_heads, hide_in_frames
+import model as shared
+from detect_emotions import HIDDEN_AROUND, Frame, hide_heads, hide_in_frames, overlaps
 
 BOXES = {  # of the sample's faces, with their labels
     "happy": [(156, 119, 315, 324), (616, 94, 819, 366)],
@@ -45,6 +46,28 @@ def test_no_finder_sees_a_blurred_face_and_all_else_stays_as_it_was(run, finder,
             max(0, y0 - (y1 - y0)) : y1 + (y1 - y0) // 3, max(0, x0 - (x1 - x0) // 2) : x1 + (x1 - x0) // 2
         ] = 0
     assert not changed.any()
+
+
+@pytest.mark.slow
+def test_hardly_a_face_of_real_photos_is_found_after_blurring_by_another_finder(finder, real_data):
+    """facenet-pytorch's MTCNN, and only faces that ours had not found."""
+    from facenet_pytorch import MTCNN
+
+    other, before, after = MTCNN(keep_all=True), 0, []
+    for path in shared.list_images(real_data / "photos"):
+        image = shared.open_picture(path)
+        image.thumbnail((1600, 1600))
+        boxes = finder.find(image).boxes
+        found, probs = other.detect(hide_heads(image, boxes))
+        before += len(boxes)
+        if found is not None:
+            after += list(
+                overlaps(found[probs > 0.9], boxes).sum(1)
+                / (found[:, 2:] - found[:, :2]).prod(1)[probs > 0.9]
+            )
+    assert before > 130
+    assert sum(share > 0.5 for share in after) == 0
+    assert len(after) < 5
 
 
 def test_blur_hides_the_heads_of_one_label_only(run, photo, tmp_path):
