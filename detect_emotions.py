@@ -3,12 +3,13 @@
 MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet
 classifies a square crop of each. In a video the faces are followed from frame to frame, and their
 probabilities are smoothed over time; beside the labelled video stand a table of all faces in all frames, one
-of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
-video, tab-separated, or JSON Lines.
+of the tracks, and a plot of their emotions over time. --report shows all of it on one page for a browser.
+--blur hides faces before anything that shows pixels sees them. stdout has a line for each face of a photo and
+for each video, tab-separated, or JSON Lines.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
-(where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
-videos, plots, the live window), main.
+(where the outputs go), frames (reading videos and cameras), tracks, privacy (hiding faces), labels (drawing),
+outputs (tables, videos, plots, the live window), report, main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
@@ -18,6 +19,7 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import functools
 import glob
@@ -38,6 +40,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +57,7 @@ from tqdm import tqdm
 import model as shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from types import ModuleType
 
     import av
@@ -79,6 +82,7 @@ MARK = "Emotion detector, detect_emotions.py"
 TABLES = (b"file,face,", b"frame,time,track,", b"track,first,last,")
 MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
+REPORT_PAGE = shared.RESOURCES / "report.html"
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
 
 
@@ -262,18 +266,20 @@ def is_own(path: Path) -> bool:
 # --- plan ---
 
 
-def name_outputs(source: Source, base: str, has_video: bool) -> dict[str, Path]:
-    """Name what is made of a photo ("copy") or a video ("video" if wanted, "faces", "tracks", "timeline")."""
+def name_outputs(source: Source, base: str, has_copies: bool) -> dict[str, Path]:
+    """Name what is made of a photo ("copy") or a video ("video", "faces", "tracks", "timeline")."""
     if source.folder is None:
         return {}
     if source.kind == "photo":
+        if not has_copies:
+            return {}
         is_kept = Image.registered_extensions().get(source.path.suffix.lower()) in KEPT_FORMATS
         return {"copy": source.folder / f"{base}_emotions{source.path.suffix if is_kept else '.png'}"}
-    parts = ENDINGS if has_video else [part for part in ENDINGS if part != "video"]
+    parts = ENDINGS if has_copies else [part for part in ENDINGS if part != "video"]
     return {part: source.folder / f"{base}_emotions{ENDINGS[part]}" for part in parts}
 
 
-def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[str, Path]]:
+def name_apart(sources: Sequence[Source], has_copies: bool) -> dict[Source, dict[str, Path]]:
     """Name the outputs of all, x_emotions for x.png, or by more of its path where others would be that too.
 
     a.gif and a.png of one folder become a.gif_emotions.png and a.png_emotions.png, b.png of two folders
@@ -284,7 +290,7 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
     for has_digest in (False, True):
         sharing = defaultdict(list)
         for source in sources:
-            for path in name_outputs(source, bases[source], has_video).values():
+            for path in name_outputs(source, bases[source], has_copies).values():
                 sharing[unicodedata.normalize("NFC", str(real_path(path))).casefold()].append(source)
         for _, group in sorted(sharing.items()):
             if len(group) == 1:
@@ -296,19 +302,20 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
                 bases[source] = "_".join(below.parts)
                 if has_digest:
                     bases[source] += "_" + hashlib.sha256(os.fsencode(below)).hexdigest()[:8]
-    return {source: name_outputs(source, bases[source], has_video) for source in sources}
+    return {source: name_outputs(source, bases[source], has_copies) for source in sources}
 
 
 def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None, left_out: Counter[str]
+    sources: Sequence[Source], has_copies: bool, results: dict[str, Path], left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
     """Name all outputs; leave out what stands where one goes: a copy, most likely, and to be replaced.
 
     Raises:
-        ValueError: an output would overwrite a source that was named, or the CSV a source or an output.
+        ValueError: an output would overwrite a source that was named, or one of the `results`, by their
+            options, a source, an output or another.
     """
     outputs = {
-        real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
+        real_path(path) for paths in name_apart(sources, has_copies).values() for path in paths.values()
     }
     kept = [
         source
@@ -316,7 +323,7 @@ def plan_outputs(
         if real_path(source.path) not in outputs or (source.is_named and not is_own(source.path))
     ]
     left_out["in the place of a copy"] += len(sources) - len(kept)
-    plan = name_apart(kept, has_video)
+    plan = name_apart(kept, has_copies)
     owners = {path: source for source, outputs in plan.items() for path in outputs.values()}
     named = {real_path(source.path) for source in kept if source.is_named}
     for path, source in owners.items():
@@ -324,9 +331,11 @@ def plan_outputs(
             raise ValueError(
                 f"the copy of {source.path} would overwrite {path}, an input too; leave that one out"
             )
-    others = [*owners, *(source.path for source in kept)]
-    if csv_path and real_path(csv_path) in map(real_path, others):
-        raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
+    taken = {real_path(path) for path in (*owners, *(source.path for source in kept))}
+    for option, path in results.items():
+        if real_path(path) in taken:
+            raise ValueError(f"{option} {path} would overwrite another input or output; name another file")
+        taken.add(real_path(path))
     return plan
 
 
@@ -338,7 +347,8 @@ def leave_out_finished(
     def is_finished(source: Source) -> bool:
         with suppress(OSError):
             changed = source.path.stat().st_mtime
-            return all(path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values())
+            times = [path.stat().st_mtime for path in plan[source].values() if is_own(path)]
+            return bool(times) and len(times) == len(plan[source]) and min(times) >= changed
         return False
 
     left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
@@ -370,19 +380,19 @@ def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
             raise ValueError(f"{path} does not say that this program wrote it; {remedy}")
 
 
-def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
-    """Find out before the work if the CSV cannot be written, or nothing else can.
+def check_outputs(plan: dict[Source, dict[str, Path]], results: dict[str, Path], overwrite: bool) -> None:
+    """Find out before the work if one of the `results` cannot be written, or nothing else can.
 
     Raises:
         OSError: it is so.
-        ValueError: the CSV is not to be replaced, see `check_replaceable`.
+        ValueError: a result is not to be replaced, see `check_replaceable`.
     """
-    tables, paths = [csv_path] if csv_path else [], [path for each in plan.values() for path in each.values()]
-    for group in (tables, paths):
+    paths = [path for each in plan.values() for path in each.values()]
+    for group in (*([path] for path in results.values()), paths):
         failures = [why_not_writable(path) for path in {path.parent: path for path in group}.values()]
         if failures and all(failures):
             raise OSError(failures[0])
-    check_replaceable(tables, overwrite)
+    check_replaceable(results.values(), overwrite)
 
 
 # --- frames ---
@@ -870,6 +880,85 @@ def follow_faces(
             yield frame, faces
 
 
+# --- privacy ---
+
+# By finders and an identity network on 31 photos and three videos, see resources/EXPERIMENTS.md.
+HEAD = (-0.35, -0.45, 0.35, 0.2)  # what a head has beyond its face's box, in the box's sides
+NUM_TILES = 6  # squares along the longer side of a hidden head
+HIDDEN_AROUND = 0.5  # s before and after each sight of a face to be hidden; chosen here
+HIDDEN_GROWTH = 1.0  # of the box's sides, by which it grows each way for each s away from a sight
+DELAY_PIXELS = 2**28  # of the frames that wait for it, which is half a second of 4K at 60 frames/s
+
+
+def labels_to_hide(names: Sequence[str], labels: Iterable[str]) -> set[str]:
+    """Return the labels that --blur hides: UNSURE too, for such a face may look like any of them.
+
+    Raises:
+        ValueError: there is no such label.
+    """
+    labels = list(labels)
+    if unknown := [name for name in names if name not in {*labels, "all"}]:
+        known = ", ".join(labels)
+        raise ValueError(f"--blur {unknown[0]} is none of {known}, or all; put INPUT before --blur")
+    return {*(labels if "all" in names else names), shared.UNSURE} if names else set()
+
+
+def hide_heads(image: Image.Image, boxes: Iterable[Sequence[float]]) -> Image.Image:
+    """Return a copy of the image where an oval around each face, as large as the head, is a few squares."""
+    copy = image.copy()
+    for x0, y0, x1, y1 in boxes:
+        head = np.array((x0, y0, x1, y1)) + np.array(HEAD) * np.tile((x1 - x0, y1 - y0), 2)
+        corner = np.floor(head[:2]).clip(0, image.size).astype(int)
+        size = np.ceil(head[2:]).clip(0, image.size).astype(int) - corner
+        if (size <= 0).any():
+            continue
+        tile = (head[2:] - head[:2]).max() / NUM_TILES
+        part = image.crop((*corner.tolist(), *(corner + size).tolist()))
+        tiles = part.resize((size / tile).round().clip(1).astype(int).tolist(), Image.Resampling.BOX)
+        mask = Image.new("L", part.size)
+        ImageDraw.Draw(mask).ellipse((head - np.tile(corner, 2)).tolist(), fill=255)
+        copy.paste(tiles.resize(part.size, Image.Resampling.NEAREST), corner.tolist(), mask)
+    return copy
+
+
+def hide_in_frames(
+    followed: Iterable[tuple[Frame, list[dict]]], hidden: Collection[str], look_ahead: float
+) -> Iterator[tuple[Frame, list[dict]]]:
+    """Pass on what `follow_faces` gives, the heads of faces whose label is `hidden` made squares.
+
+    A face is hidden from `look_ahead` s before each such sight of it until HIDDEN_AROUND s after it, whatever
+    its label there, and also where it is not found. The frames come as much later, or a little earlier if
+    they are very large.
+    """
+    waiting, sights = deque(), defaultdict(deque)
+
+    def hide_next() -> tuple[Frame, list[dict]]:
+        frame, faces = waiting.popleft()
+        now, boxes = float(frame.time), []
+        for track, seen in list(sights.items()):
+            while seen and seen[0][0] < now - HIDDEN_AROUND:
+                seen.popleft()
+            near = [sight for sight in seen if sight[0] <= now + look_ahead]
+            if any(is_hidden for _, _, is_hidden in near):
+                times, known, _ = (np.array(part) for part in zip(*near, strict=True))
+                box = np.array([np.interp(now, times, side) for side in known.T])
+                away = np.abs(times - now).min() * HIDDEN_GROWTH
+                boxes.append(box + away * np.tile(box[2:] - box[:2], 2) * (-1, -1, 1, 1))
+            elif not seen:
+                del sights[track]
+        return frame._replace(image=hide_heads(frame.image, boxes)), faces
+
+    for frame, faces in followed:
+        waiting.append((frame, faces))
+        for face in faces:
+            sights[face["track"]].append((float(frame.time), face["box"], face["emotion"] in hidden))
+        max_waiting = DELAY_PIXELS // (frame.image.width * frame.image.height)
+        while waiting and (frame.time - waiting[0][0].time >= look_ahead or len(waiting) > max_waiting):
+            yield hide_next()
+    while waiting:
+        yield hide_next()
+
+
 # --- labels ---
 
 # Okabe and Ito's colours, which the colour-blind can tell apart too (https://jfly.uni-koeln.de/color/). The
@@ -1082,7 +1171,7 @@ COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; al
 AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by the number of channels
 NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
 NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose picture is kept to choose from
-PICTURE_SIZE = 64  # pixels, of a face beside its timeline
+PICTURE_SIZE = 96  # pixels, of a face beside its timeline, and in the report
 CHUNK = 5000  # faces that wait to be summed up together
 
 
@@ -1155,6 +1244,12 @@ def print_record(record: dict, as_json: bool) -> None:
         sys.stdout.flush()  # whoever reads a live pipe should not wait
 
 
+def face_picture(image: Image.Image, face: dict) -> Image.Image:
+    """Cut a face out of an image, PICTURE_SIZE pixels square."""
+    (crop,) = shared.crop_faces(image, np.array([face["box"]]), 0.2)
+    return crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR, reducing_gap=2)
+
+
 class Summary:
     """Tracks and emotions of a video, in memory that does not grow with its length but with its tracks.
 
@@ -1166,6 +1261,7 @@ class Summary:
         end: s, when the last frame ends.
         seen: number of frames by track.
         pictures: of the longest tracks, the probability of the surest label and the face at that time.
+        poster: the frame with the most and surest faces, and these.
     """
 
     def __init__(self, classes: Sequence[str], labels: Sequence[str] = ()):
@@ -1178,11 +1274,14 @@ class Summary:
         self._sums: pd.DataFrame | None = None
         self.seen = Counter()
         self.pictures: dict[int, tuple[float, Image.Image]] = {}
+        self.poster: tuple[Frame, Sequence[dict]] | None = None
 
     def add(self, frame: Frame, faces: Sequence[dict]) -> None:
         """Take in a frame with its faces."""
         if self.start is None:
-            self.start = frame.time
+            self.start, self.poster = frame.time, (frame, faces)
+        if sum(face["prob"] for face in faces) > sum(face["prob"] for face in self.poster[1]):
+            self.poster = (frame, faces)
         self.end = frame.time + frame.duration
         for face in faces:
             track, probs = face["track"], face["probs"].values()
@@ -1201,9 +1300,7 @@ class Summary:
         """Keep the face's picture if its label is clearly surer than the kept one's."""
         best, _ = self.pictures.get(face["track"], (0.0, None))
         if face["prob"] > best + 0.02:
-            (crop,) = shared.crop_faces(image, np.array([face["box"]]), 0.2)
-            picture = crop.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BILINEAR)
-            self.pictures[face["track"]] = (face["prob"], picture)
+            self.pictures[face["track"]] = (face["prob"], face_picture(image, face))
 
     def _sum_up(self) -> pd.DataFrame:
         """Return a row for each track and bin: `first` and `last`, s, sums of `seconds_` and `prob_`."""
@@ -1258,6 +1355,20 @@ class Summary:
             edges = float(self.start) + np.append(bins[run], bins[run[-1]] + 1) * width
             means = probs[run] / probs[run].sum(1, keepdims=True)
             yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
+
+    def mean_probs(self, track: int) -> np.ndarray:
+        """Return a track's mean probabilities (C,)."""
+        table = self._sum_up()
+        columns = [f"prob_{name}" for name in self.classes]
+        return table.loc[table["track"] == track, columns].sum().to_numpy() / self.seen[track]
+
+    def sample(self, track: int, times: np.ndarray) -> np.ndarray:
+        """Return a track's probabilities at `times` (T,), s: (T, C); 0 where it is out of sight."""
+        probs = np.zeros((len(times), len(self.classes)))
+        for edges, means in self.runs(track):
+            inside = (times >= edges[0]) & (times < edges[-1])
+            probs[inside] = means[np.searchsorted(edges, times[inside], "right") - 1]
+        return probs
 
     def plot(self, colors: dict[str, str], font_path: Path | None, path: Path) -> None:
         """Draw the longest tracks' probabilities over time into a PNG, each beside its face."""
@@ -1442,7 +1553,7 @@ class Window:
         return not self.is_left
 
 
-# --- main ---
+# --- report ---
 
 
 class Kit(NamedTuple):
@@ -1453,14 +1564,114 @@ class Kit(NamedTuple):
     colors: dict[str, str]  # of all that a label may be
     font_path: Path | None
     unsure: float  # see `model.face_record`
+    hidden: Collection[str]  # labels whose faces no picture may show
+    has_labels: bool  # else nothing is drawn
 
 
-def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
-    """Write a photo's labelled copy; return the record that --json prints."""
+POSTER_SIZE = 880  # pixels, of the longer side of a picture in the report
+NUM_COLUMNS = 160  # of a track's timeline there
+
+
+def as_jpeg(image: Image.Image) -> str:
+    """Return an image as base64 of a JPEG that carries its colour profile and nothing else."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=75, icc_profile=image.info.get("icc_profile"))
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class Report:
+    """Writes the page of --report, each input as soon as it is labelled, so that memory does not grow."""
+
+    def __init__(self, add: Callable[[object], None], folder: Path, kit: Kit, model_path: Path):
+        """Begin the page; `add` is of `model.filling_page`, `folder` the page's."""
+        self._add, self._folder, self._has_hidden = add, folder, bool(kit.hidden)
+        self._classes, self._labels = kit.classifier.classes, list(kit.colors)
+        labels = [{"name": name, "color": each, "ink": text_color(each)} for name, each in kit.colors.items()]
+        model = {"model": shared.printable(model_path.name), "digest": shared.file_digest(model_path)[:12]}
+        self._add({"classes": self._classes, "labels": labels, **model})
+
+    def add_photo(self, record: dict, image: Image.Image) -> None:
+        """Add a photo's record, and the photo as may be shown."""
+        faces = [
+            self._face(face["emotion"], face["probs"].values(), face_picture(image, face))
+            | {"box": per_mille(face["box"], image.size)}
+            for face in record["faces"]
+        ]
+        self._add_input(record["file"], image, faces, {"num_faces": len(faces)})
+
+    def add_video(self, path: Path, copy: Path | None, summary: Summary) -> None:
+        """Add a video, its labelled copy if there is one, and its tracks that are longest in sight."""
+        frame, present = summary.poster
+        boxes = {face["track"]: per_mille(face["box"], frame.image.size) for face in present}
+        tracks = summary.tracks()
+        shown = tracks[tracks["track"].isin(list(summary.pictures))].sort_values("seconds", ascending=False)
+        start, end = float(summary.start), float(summary.end)
+        times = start + (np.arange(NUM_COLUMNS) + 0.5) / NUM_COLUMNS * (end - start)
+        faces = []
+        for place, row in enumerate(shown.to_dict("records")):
+            track = row["track"]
+            face = self._face(row["emotion"], summary.mean_probs(track), summary.pictures[track][1])
+            face |= {"number": track, "times": [row["first"], row["last"]], "box": boxes.get(track)}
+            if place < NUM_PLOTTED:
+                lane = (summary.sample(track, times) * 255).round().astype(np.uint8)
+                face["lane"] = base64.b64encode(lane.tobytes()).decode()
+            faces.append(face)
+        about = {"num_faces": len(tracks), "start": start, "end": end, "offset": start if copy else 0}
+        film = copy or (None if self._has_hidden else path)  # the source shows every face
+        with suppress(ValueError):  # it is on another drive than the page
+            if film and path_kind(film) == "file":
+                link = os.path.relpath(film.absolute(), self._folder.absolute())
+                about["video"] = urllib.parse.quote(Path(link).as_posix(), errors="surrogateescape")
+        self._add_input(path, frame.image, faces, about)
+
+    def _face(self, emotion: str, probs: Iterable[float], picture: Image.Image) -> dict:
+        parts = [round(1000 * prob) for prob in probs]
+        return {"label": self._labels.index(emotion), "probs": parts, "crop": as_jpeg(picture)}
+
+    def _add_input(self, file: str | Path, image: Image.Image, faces: list[dict], about: dict) -> None:
+        poster = image.copy()
+        poster.thumbnail((POSTER_SIZE, POSTER_SIZE))
+        name = shared.printable(Path(file).as_posix())
+        about = {"file": name, "size": image.size, "poster": as_jpeg(poster), **about}
+        self._add({**about, "faces": faces})
+
+
+def per_mille(box: Sequence[float], size: Sequence[int]) -> list[int]:
+    """Return a box in thousandths of an image's size."""
+    return (1000 * np.array(box) / np.tile(size, 2)).round().astype(int).tolist()
+
+
+@contextmanager
+def open_report(
+    path: Path | None, kit: Kit, model_path: Path, failures: dict[Source, str]
+) -> Iterator[Report | None]:
+    """Write the page of --report, if there is a path; it ends with the `failures` that there are by then."""
+    if path is None:
+        yield None
+        return
+    with shared.filling_page(REPORT_PAGE, path) as add_line:
+
+        def add(value: object) -> None:
+            with needed(path):
+                add_line(value)
+
+        yield Report(add, path.parent, kit, model_path)
+        add({"failed": [shared.printable(failure) for failure in failures.values()]})
+
+
+# --- main ---
+
+
+def label_photo(path: Path, copy: Path | None, kit: Kit) -> tuple[dict, Image.Image]:
+    """Write a photo's labelled copy; return the record that --json prints, and the photo as may be shown."""
     image = shared.open_picture(path)
     faces = shared.label_faces(image, kit.finder, kit.classifier, kit.unsure)
-    save_image(draw_faces(image, faces, kit.colors, kit.font_path), copy)
-    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
+    if kit.hidden:
+        image = hide_heads(image, [face["box"] for face in faces if face["emotion"] in kit.hidden])
+    if copy:
+        labelled = draw_faces(image, faces, kit.colors, kit.font_path) if kit.has_labels else image
+        save_image(labelled, copy)
+    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}, image
 
 
 @contextmanager
@@ -1509,6 +1720,8 @@ def label_video(
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         followed = stack.enter_context(closing(in_background(follow(frames, batch_size=ahead), ahead)))
+        if kit.hidden:  # from here on no picture shows them
+            followed = hide_in_frames(followed, kit.hidden, HIDDEN_AROUND if video.path else 0)
         name = shared.printable(video.name)
         for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=None):
             when = round(float(frame.time), 4)
@@ -1516,8 +1729,9 @@ def label_video(
             table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
             size = {"width": frame.image.width, "height": frame.image.height}
             emit({"file": video.name, **size, "frame": frame.number, "time": when, "faces": faces})
-            if "video" in parts or window:
-                image = draw_faces(frame.image, faces, kit.colors, kit.font_path, drawn)
+            image = frame.image
+            if kit.has_labels and ("video" in parts or window):
+                image = draw_faces(image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
                 writer = writer or stack.enter_context(closing(VideoWriter(parts["video"], video, frame)))
                 writer.write(frame, image)
@@ -1567,6 +1781,20 @@ def face_size(text: str) -> float:
     return value
 
 
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what pictures show, and which are written."""
+    blur_help = (
+        "make the heads of faces with these labels, or of all, a few squares in everything that shows them; "
+        "unsure faces too; in videos from half a second before (not live) until half a second after, and the "
+        "whole frame is searched at least every half second. What is finished is done again. Faces that are "
+        "not found stay as they are (--min-face-prob 0.7 finds more), and so does the sound"
+    )
+    parser.add_argument("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
+    parser.add_argument("--no-labels", action="store_true", help="draw no boxes and labels into the copies")
+    no_copies = "write no labelled photos and videos, only tables, plots and the report"
+    parser.add_argument("--no-copies", "--no-video", action="store_true", help=no_copies)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = shared.build_parser(__doc__)
@@ -1584,6 +1812,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     out_dir = "folder for the outputs (default: beside each input)"
     add("--out-dir", type=Path, metavar="DIR", help=out_dir)
     add("--json", action="store_true", help="print an object for each photo and frame, not lines of text")
+    report_help = (
+        "also write a page to open in a browser, offline: pictures, faces, timelines, a table; it is of all "
+        "inputs, so what is finished is labelled again"
+    )
+    add("--report", type=Path, metavar="FILE.html", help=report_help)
     add("--csv", type=Path, metavar="FILE", help="also write a table of all faces, of videos in each frame")
     sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7"
     add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
@@ -1594,7 +1827,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
     add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
     add("--end", type=clock_time, metavar="T", help="end videos there, s or h:mm:ss")
-    add("--no-video", action="store_true", help="write only the tables and plots of videos")
+    add_picture_options(parser)
     each = "classify a video's faces in every so many frames"
     add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
     search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
@@ -1613,7 +1846,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
     if not (args.inputs or args.camera is not None or args.version):
-        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions")
+        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
     if args.version:
         print(describe_version(args.model))
         sys.exit()
@@ -1623,6 +1856,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
+    """Let an error of one source be a line on stderr and in `failures`; the others are still worth it."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+        if is_bug or isinstance(error, BrokenPipeError):
+            raise
+        failures[source] = str(error)
+        if isinstance(error, MemoryError | RuntimeError):
+            failures[source] = f"{source.path} needs more memory than there is"
+        tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)
+
+
 @shared.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
@@ -1630,62 +1878,65 @@ def main(argv: list[str] | None = None) -> None:
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
-    plan = plan_outputs(sources, not args.no_video, args.csv, left_out)
-    if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
+    results = {name: path for name, path in (("--csv", args.csv), ("--report", args.report)) if path}
+    plan = plan_outputs(sources, not args.no_copies, results, left_out)
+    if not (args.overwrite or args.json or args.blur or results):  # these are of all inputs
         plan = leave_out_finished(plan, left_out)
-    check_outputs(plan, args.csv, args.overwrite)
-    load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
+    check_outputs(plan, results, args.overwrite)
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
     device = shared.find_device(args.device)
-    finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
     classifier = load_classifier(args.model, device, args.emotions)
     colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
-    kit = Kit(finder, classifier, colors, args.font, args.unsure)
-    report_letters(colors, load_font(args.font, MIN_FONT_SIZE))
+    hidden = labels_to_hide(args.blur, colors)
+    most = 0 if args.camera is not None else HIDDEN_AROUND  # s between searches, where there is no look ahead
+    finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
+    kit = Kit(finder, classifier, colors, args.font, args.unsure, hidden, not args.no_labels)
+    report_letters(colors, load_font(args.font, MIN_FONT_SIZE))  # a wrong font is refused before the work
     follow = functools.partial(
         follow_faces,
         finder=finder,
         classifier=classifier,
         every=args.every,
-        search_every=args.search_every,
+        search_every=min(args.search_every, most) if hidden else args.search_every,
         smooth=args.smooth,
         unsure=args.unsure,
     )
 
-    has_failed = False
-    with open_table(args.csv, classifier.classes) as add_rows:
+    failures: dict[Source, str] = {}
+    table, page = (
+        open_table(args.csv, classifier.classes),
+        open_report(args.report, kit, args.model, failures),
+    )
+    with table as add_rows, page as report:
 
         def emit(record: dict) -> None:
             print_record(record, args.json)
             add_rows(record)
 
         for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
-            try:
+            with surviving(source, failures):
                 check_replaceable(outputs.values(), args.overwrite)
                 if source.kind == "photo":
-                    emit(label_photo(source.path, outputs["copy"], kit))
+                    record, image = label_photo(source.path, outputs.get("copy"), kit)
+                    emit(record)
+                    if report:
+                        report.add_photo(record, image)
                     continue
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
                     summary = label_video(video, outputs, kit, follow=follow, emit=emit, window=window)
                 summary.print_line(source.path, args.json)
+                if report:
+                    report.add_video(source.path, outputs.get("video"), summary)
                 if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the others are still worth it
-                is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
-                if is_bug or isinstance(error, BrokenPipeError):
-                    raise
-                if isinstance(error, MemoryError | RuntimeError):
-                    error = f"{source.path} needs more memory than there is"
-                tqdm.write(f"error: {shared.printable(error)}", file=sys.stderr)
-                has_failed = True
-                left_out["failed, see above"] += not source.is_named
             if window and window.is_left:
                 break
+    left_out["failed, see above"] += sum(not source.is_named for source in failures)
     if +left_out:
         print(in_words(left_out), file=sys.stderr)
-    if has_failed:
+    if failures:
         sys.exit(1)
 
 

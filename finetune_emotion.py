@@ -618,10 +618,8 @@ def write_review(
         ],
     }
     data["id"] = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
-    text = json.dumps(data).replace("<", "\\u003c")  # a photo's name must not end the script element
-    with shared.replacing(path) as temporary:
-        page = REVIEW_PAGE.read_text(encoding="utf-8").replace("__DATA__", text)
-        temporary.write_text(page, encoding="utf-8")
+    with shared.filling_page(REVIEW_PAGE, path) as add:
+        add(data)
     print(shared.printable(f"{len(shown)} of {len(faces.labels)} labels look wrong; wrote {path}"))
 
 

@@ -3,7 +3,7 @@
 The parts stand in the order in which data flows through them, and use only what stands above them:
 
     constants     the emotions, the size and statistics of the network's input
-    files         writing whole files or none, by one run at a time: `replacing`, `only_run_in`, `save_json`
+    files         writing whole files or none, one run at a time: `replacing`, `only_run_in`, `filling_page`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
     faces         MTCNN, made fast: `FaceFinder`, `crop_faces`
@@ -260,6 +260,22 @@ def save_json(path: Path, value: object) -> None:
     """Write a value as indented JSON; raises OSError as `replacing`, ValueError for NaN, which JSON lacks."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def filling_page(template: Path, path: Path) -> Iterator[Callable[[object], None]]:
+    """Write a page from a template that has __DATA__ where its data go; give the function that adds a value.
+
+    Each value becomes a line of JSON in which no text, such as a file's name, can end the script element.
+
+    Raises:
+        OSError: as `replacing`.
+    """
+    before, after = template.read_text(encoding="utf-8").split("__DATA__")
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as page:
+        page.write(before)
+        yield lambda value: page.write(json.dumps(value).replace("<", "\\u003c") + "\n")
+        page.write(after)
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:

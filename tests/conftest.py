@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def real_data() -> Path:
 
 
 NO_BROWSER = "no Chromium with chromedriver; apt-get install chromium chromium-driver"
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A real browser, offline, that saves what it downloads in the folder of that name."""
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip(NO_BROWSER)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,900"):
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    browser.set_network_conditions(offline=True, latency=0, throughput=1)
+    yield browser
+    browser.quit()
 
 
 @pytest.fixture(scope="session")

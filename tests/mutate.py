@@ -420,7 +420,8 @@ def make_media(rng: random.Random, work: Path, files: list[tuple[str, bytes]], c
         name = rng.choice(("", "._", "-", "=", "%")) if rng.random() < 0.1 else ""
         path = work / "in" / f"{name}{number}{rng.choice(marks)}{suffix}"
         path.write_bytes(change_bytes(rng, data))
-    options = rng.choice(([], ["--csv", "out/faces.csv"], ["--no-video"], ["--every", "1"]))
+    report = ["--no-copies", "--report", "out/report.html"]
+    options = rng.choice(([], ["--csv", "out/faces.csv"], report, ["--blur", "all"], ["--every", "1"]))
     return Case("detect_emotions", ["in", "--out-dir", "out", "--json", *options], count)
 
 

@@ -680,11 +680,13 @@ def test_copy_of_a_video_carries_the_mark_and_nothing_private(run, small, tmp_pa
     with av.open(str(clip)) as source, av.open(str(tmp_path / "x.mov"), "w", options=photo_app) as output:
         output.metadata.update({"com.apple.quicktime.location.ISO6709": "private", "comment": "private"})
         streams = [output.add_stream_from_template(stream) for stream in source.streams]
+        for stream in streams:
+            stream.metadata["handler_name"] = "private"
         for packet in source.demux():
             if packet.dts is not None:
                 packet.stream = streams[packet.stream.index]
                 output.mux(packet)
-    assert (tmp_path / "x.mov").read_bytes().count(b"private") == 2
+    assert (tmp_path / "x.mov").read_bytes().count(b"private") == 4
     assert run(tmp_path / "x.mov")[0] == 0
     copy = (tmp_path / "x_emotions.mp4").read_bytes()
     assert (copy.count(b"private"), copy.count(MARK.encode())) == (0, 1)

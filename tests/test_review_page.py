@@ -1,13 +1,11 @@
 """The page of finetune_emotion.py --review in a real browser, offline, and a run with what it exports."""
 
 import csv
-import shutil
 import time
 
 import pytest
 import torch
-from conftest import NO_BROWSER, make_faces, write_checkpoint
-from selenium import webdriver
+from conftest import make_faces, write_checkpoint
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -19,22 +17,6 @@ import model as shared
 pytestmark = pytest.mark.slow
 CLASSES = ("angry", "happy")
 NASTY = 'angry/a, "b" </script><b>.png'  # what a CSV and an HTML page must quote
-
-
-@pytest.fixture
-def browser(tmp_path):
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip(NO_BROWSER)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--window-size=1300,900"):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path / "downloads")})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    browser.set_network_conditions(offline=True, latency=0, throughput=1)
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture
