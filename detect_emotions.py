@@ -1826,7 +1826,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
     add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
-    add("--end", type=clock_time, metavar="T", help="end videos there, s or h:mm:ss")
+    add("--end", type=clock_time, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
     add_picture_options(parser)
     each = "classify a video's faces in every so many frames"
     add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
@@ -1843,14 +1843,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unsure", type=share, default=0.0, metavar="P", help=unsure_help)
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
     shared.add_options(parser, device="auto")
+    add(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="only write --model for use without torch: .onnx or .xml",
+    )
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
-    if not (args.inputs or args.camera is not None or args.version):
+    if not (args.inputs or args.camera is not None or args.version or args.export):
         parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
-    if args.version:
-        print(describe_version(args.model))
+    if args.version or args.export:
+        if args.version:
+            print(describe_version(args.model))
+        if args.export:
+            shared.export_network(args.model, args.export)
+            print(shared.printable(f"wrote {args.export}"))
         sys.exit()
-    args.end = math.inf if args.end is None else args.end
     if args.start >= args.end:
         parser.error("--start must come before --end")
     return args

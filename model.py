@@ -488,8 +488,8 @@ def from_pixels(network: nn.Module, mean: float, std: float) -> nn.Module:
 class Blueprint(NamedTuple):
     """What an engine is made of, asked for only where there is no converted one."""
 
-    network: nn.Module  # takes and returns batches
-    example: Tensor  # a batch of images (2, H, W, C), as the network takes them
+    network: nn.Module | Path  # takes and returns batches; or the file of one that was exported
+    example: Tensor | None  # a batch of images (2, H, W, C), as the network takes them; None with a file
     notes: dict  # plain values that are kept with the network
 
 
@@ -576,6 +576,8 @@ def _torch_engine(blueprint: Blueprint, device: torch.device | str) -> tuple[Cal
     """Return the function that runs a network by torch, and the notes."""
     import torch
 
+    if isinstance(blueprint.network, Path):
+        raise ValueError(f"{blueprint.network} is an exported network: it runs by OpenVINO on --device cpu")
     network = blueprint.network.eval().to(device, memory_format=torch.channels_last)
 
     def infer(images: np.ndarray) -> list[np.ndarray]:
@@ -661,6 +663,8 @@ def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F
     """Convert a network to OpenVINO's form, for batches of any length."""
     import openvino
 
+    if isinstance(blueprint.network, Path):
+        return openvino.Core().read_model(blueprint.network)
     height, width, channels = blueprint.example.shape[1:]
     shape = (-1, -1, -1, channels) if any_size else (-1, height, width, channels)
     with warnings.catch_warnings():
@@ -2350,7 +2354,86 @@ def fit_classifier(
 
 
 # What a converted network keeps of its checkpoint.
-NOTES = ("classes", "default_classes", "image_size", "crop_margin", "temperature", "temperature_all")
+NOTES = ("arch", "classes", "default_classes", "image_size", "crop_margin", "temperature", "temperature_all")
+EXPORTED = (".onnx", ".xml")  # suffixes; the second is OpenVINO's form, with its weights in a .bin beside it
+LICENCE = "as the training faces allow; those of the shipped model: non-commercial research"
+
+
+def draw_up(path: Path) -> Blueprint:
+    """Return the blueprint of a checkpoint's classifier, for gray faces (N, S, S, 1), values 0-255; logits.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`.
+    """
+    import torch
+
+    checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
+    network = from_pixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
+    size = checkpoint["image_size"]
+    return Blueprint(network, torch.zeros(2, size, size, 1), {name: checkpoint[name] for name in NOTES})
+
+
+def export_network(path: Path, destination: Path) -> None:
+    """Write a checkpoint's classifier as a file that programs run without torch, .onnx or .xml.
+
+    It takes `faces`, gray (N, S, S, 1), float32 in 0-255, and returns `logits` (N, C) of all classes. Its
+    metadata `emotion_detector` is JSON: what NOTES names, and the licence.
+
+    Raises:
+        ValueError: the suffix is another one, packages lack, or as `load_checkpoint`.
+    """
+    if destination.suffix not in EXPORTED:
+        raise ValueError(f"cannot export to {destination}, expected a name that ends in .onnx or .xml")
+    lacking = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+    if destination.suffix == ".onnx" and lacking:
+        raise ValueError("to export ONNX takes two packages more; pip install onnx onnxscript")
+    blueprint = draw_up(path)
+    about = json.dumps({**blueprint.notes, "licence": LICENCE})
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(destination.parent) as folder:
+        if destination.suffix == ".onnx":
+            import torch
+
+            program = torch.onnx.export(
+                blueprint.network.eval(),
+                (blueprint.example,),
+                input_names=["faces"],
+                output_names=["logits"],
+                dynamic_shapes=[{0: torch.export.Dim("n")}],
+                dynamo=True,
+                verbose=False,
+            )
+            program.model.metadata_props["emotion_detector"] = about
+            program.save(folder / "network.onnx", external_data=False)
+        else:
+            import openvino
+
+            model = _convert(blueprint, any_size=False)
+            model.set_rt_info(about, "emotion_detector")
+            openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
+        for made in sorted(folder.iterdir()):  # .bin before .xml
+            with replacing(destination.with_suffix(made.suffix)) as temporary:
+                shutil.move(made, temporary)
+
+
+def read_exported(path: Path) -> Blueprint:
+    """Return the blueprint of what `export_network` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    import openvino
+
+    try:
+        model = openvino.Core().read_model(path)
+        place = ["framework"] if path.suffix == ".onnx" else []
+        notes = json.loads(model.get_rt_info([*place, "emotion_detector"]).value)
+        notes = {name: notes[name] for name in NOTES}
+        _check_values(notes)
+    except (RuntimeError, ValueError, LookupError, TypeError):
+        what = "a network that this toolkit exported"
+        raise ValueError(f"{path} is not {what}; make one by detect_emotions.py --export") from None
+    return Blueprint(path, None, notes)
 
 
 class Classifier:
@@ -2365,7 +2448,7 @@ class Classifier:
     """
 
     def __init__(self, path: Path, device: torch.device | str, emotions: Sequence[str] = ()):
-        """Read a checkpoint of finetune_fer.py or finetune_emotion.py.
+        """Read a checkpoint of finetune_fer.py or finetune_emotion.py, or what `export_network` wrote.
 
         Args:
             emotions: which of the classes that it learned it is to tell apart, two or more; ("all",) for
@@ -2374,17 +2457,10 @@ class Classifier:
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or it has not learned one of `emotions`.
         """
-
-        def build() -> Blueprint:
-            import torch
-
-            checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
-            network = from_pixels(load_network(checkpoint), 255 * GRAY_MEAN, 255 * GRAY_STD)
-            size = checkpoint["image_size"]
-            notes = {name: checkpoint[name] for name in NOTES}
-            return Blueprint(network, torch.zeros(2, size, size, 1), notes)
-
-        key = file_digest(path) if path.is_file() else ""  # else `build` says what is wrong
+        is_exported = path.suffix in EXPORTED and path.is_file()
+        files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+        key = "".join(map(file_digest, filter(Path.is_file, files)))  # no file: `draw_up` says what is wrong
+        build = functools.partial(read_exported if is_exported else draw_up, path)
         self._engine = Engine("classifier", key.encode(), build, device, fast=True)
         notes = self._engine.notes
         self._path, self._notes = path, notes

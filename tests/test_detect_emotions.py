@@ -4,8 +4,11 @@ import fnmatch
 import itertools
 import json
 import os
+import re
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import address_space_limit, file_size_limit, write_checkpoint
+from conftest import ROOT, address_space_limit, file_size_limit, write_checkpoint
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor, ImageDraw
 from test_detect_video import OUTPUTS, write_video
 from tiny_resnet import ARCH
@@ -1129,3 +1132,96 @@ def test_read_faces_takes_images_in_each_form(finder, classifier, sample_photo):
 def test_as_image_says_what_came_and_what_is_wanted(image, message):
     with pytest.raises(ValueError, match=message):
         shared.as_image(image)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A checkpoint of a tiny network with a margin and a temperature of its own."""
+    torch.manual_seed(0)
+    folder, classes = tmp_path_factory.mktemp("small"), ["angry", "happy", "sad"]
+    net = shared.gray_resnet(ARCH, len(classes))
+    return write_checkpoint(folder / "best.pt", net, classes, crop_margin=0.1, temperature=0.5)
+
+
+@pytest.mark.parametrize("suffix", shared.EXPORTED)
+def test_an_exported_model_gives_the_probabilities_of_its_checkpoint(tmp_path, capsys, small_model, suffix):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript", reason="no ONNX; pip install onnx onnxscript onnxruntime")
+    path = tmp_path / "new" / f"small{suffix}"
+    with pytest.raises(SystemExit) as exit_info:
+        detect_emotions.main(["--model", str(small_model), "--export", str(path)])
+    assert not exit_info.value.code
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    crops = [
+        Image.fromarray(face) for face in np.random.default_rng(0).integers(0, 256, (3, 40, 40), np.uint8)
+    ]
+    own, exported = (shared.Classifier(model, "cpu") for model in (small_model, path))
+    assert (own.classes, own.crop_margin, own.image_size) == (
+        exported.classes,
+        exported.crop_margin,
+        exported.image_size,
+    )
+    # Both engines round to bfloat16 on CPUs that are fast at it, each where its graph has it.
+    assert exported.predict_crops(crops) == pytest.approx(own.predict_crops(crops), abs=2e-3)
+    with pytest.raises(ValueError, match="--device cpu"):
+        shared.Classifier(path, "meta")
+
+
+@pytest.mark.slow
+def test_the_example_without_torch_gives_the_probabilities_of_the_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="no ONNX; pip install onnx onnxscript onnxruntime")
+    story = (ROOT / "resources" / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    [example] = re.findall(
+        r"^```python\n(.*?)^```", story.partition("#### Without torch")[2], re.DOTALL | re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path)
+    shared.export_network(shared.DEFAULT_MODEL, Path("runs/emotion.onnx"))
+    crops = [
+        Image.open(ROOT / "resources" / "sample.jpg").crop(box)
+        for box in ((128, 620, 365, 910), (156, 119, 315, 324))
+    ]
+    for number, crop in enumerate(crops):
+        crop.save(f"{number}.png")
+    code = f"import sys\nsys.modules['torch'] = None\n{example}"
+    command = [sys.executable, "-c", code, "0.png", "1.png"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    checkpoint = shared.load_checkpoint(shared.DEFAULT_MODEL)
+    network = shared.load_network(checkpoint).eval()
+    pixels = [
+        np.asarray(crop.convert("L").convert("F").resize((96, 96), Image.Resampling.BILINEAR))
+        for crop in crops
+    ]
+    faces = (torch.from_numpy(np.stack(pixels))[:, None] / 255 - shared.GRAY_MEAN) / shared.GRAY_STD
+    with torch.inference_mode():
+        probs = (network(faces) / checkpoint["temperature_all"]).softmax(1)
+    for line, (prob, label) in zip(lines, zip(*probs.max(1), strict=True), strict=True):
+        _, name, shown = line.split()
+        assert name == checkpoint["classes"][label]
+        assert float(shown) == pytest.approx(float(prob), abs=1.5e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("other.onnx", b"\x08\x09", "not a network that this toolkit exported"),
+        ("other.xml", b"<net/>", "not a network that this toolkit exported"),
+    ],
+)
+def test_a_network_of_another_program_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=said):
+        detect_emotions.main(
+            [
+                str(ROOT / "resources" / "sample.jpg"),
+                "--out-dir",
+                str(tmp_path),
+                "--model",
+                str(tmp_path / name),
+            ]
+        )
+
+
+def test_export_wants_a_name_of_a_known_format(tmp_path, small_model):
+    with pytest.raises(SystemExit, match=r"ends in \.onnx or \.xml"):
+        detect_emotions.main(["--model", str(small_model), "--export", str(tmp_path / "a.tflite")])
+    assert not list(tmp_path.iterdir())
