@@ -55,6 +55,7 @@ import model as shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import ModuleType
+    from typing import TextIO
 
     import av
     import pandas as pd
@@ -75,7 +76,7 @@ PICTURE_BRANDS = shared.HEIC_BRANDS | {b"avif", b"avis"}  # FFmpeg would open th
 KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # copies of all others are PNGs
 # An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
 MARK = "Emotion detector, detect_emotions.py"
-TABLES = (b"file,face,", b"frame,time,track,", b"track,first,last,")
+TABLES = (b"file,face,", b"file,track,", b"file,frame,track,", b"frame,time,track,", b"track,first,last,")
 MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}
@@ -189,7 +190,7 @@ def why_left_out(path: Path) -> str | None:
         return "not a regular file"
     if path.name.startswith("._"):
         return "side file of macOS"
-    if re.search("_emotions(_timeline|_tracks)?$", path.stem) and is_own(path):
+    if re.search(r"_emotions(_timeline|_tracks)?\.\w+$|_\d+_\d+\.png$", path.name) and is_own(path):
         return OWN
     is_known = path.suffix.lower() in shared.picture_suffixes() | VIDEO_SUFFIXES
     return None if is_known else "unknown suffix"
@@ -272,18 +273,21 @@ def name_outputs(source: Source, base: str, has_video: bool) -> dict[str, Path]:
     return {part: source.folder / f"{base}_emotions{ENDINGS[part]}" for part in parts}
 
 
-def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[str, Path]]:
-    """Name the outputs of all, x_emotions for x.png, or by more of its path where others would be that too.
+def name_apart(sources: Sequence[Source], name: Callable[[Source, str], Iterable[Path]]) -> dict[Source, str]:
+    """Choose what the outputs of each begin with, x for x.png, or more of its path where others are x too.
 
     a.gif and a.png of one folder become a.gif_emotions.png and a.png_emotions.png, b.png of two folders
     one_b.png_emotions.png and two_b.png_emotions.png, whatever their order. Names that differ in case alone,
     which are one file for many systems, get a digest of their path too.
+
+    Args:
+        name: returns the outputs of a source that begin with a text.
     """
     bases = {source: source.path.stem for source in sources}
     for has_digest in (False, True):
         sharing = defaultdict(list)
         for source in sources:
-            for path in name_outputs(source, bases[source], has_video).values():
+            for path in name(source, bases[source]):
                 sharing[unicodedata.normalize("NFC", str(real_path(path))).casefold()].append(source)
         for _, group in sorted(sharing.items()):
             if len(group) == 1:
@@ -295,27 +299,31 @@ def name_apart(sources: Sequence[Source], has_video: bool) -> dict[Source, dict[
                 bases[source] = "_".join(below.parts)
                 if has_digest:
                     bases[source] += "_" + hashlib.sha256(os.fsencode(below)).hexdigest()[:8]
-    return {source: name_outputs(source, bases[source], has_video) for source in sources}
+    return bases
 
 
 def plan_outputs(
-    sources: Sequence[Source], has_video: bool, csv_path: Path | None, left_out: Counter[str]
+    sources: Sequence[Source], has_video: bool, tables: Sequence[Path], left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
     """Name all outputs; leave out what stands where one goes: a copy, most likely, and to be replaced.
 
     Raises:
-        ValueError: an output would overwrite a source that was named, or the CSV a source or an output.
+        ValueError: an output would overwrite a source that was named, or a table a source or an output.
     """
-    outputs = {
-        real_path(path) for paths in name_apart(sources, has_video).values() for path in paths.values()
-    }
+
+    def name(source: Source, base: str) -> Iterable[Path]:
+        return name_outputs(source, base, has_video).values()
+
+    bases = name_apart(sources, name)
+    outputs = {real_path(path) for source in sources for path in name(source, bases[source])}
     kept = [
         source
         for source in sources
         if real_path(source.path) not in outputs or (source.is_named and not is_own(source.path))
     ]
     left_out["in the place of a copy"] += len(sources) - len(kept)
-    plan = name_apart(kept, has_video)
+    bases = name_apart(kept, name)
+    plan = {source: name_outputs(source, bases[source], has_video) for source in kept}
     owners = {path: source for source, outputs in plan.items() for path in outputs.values()}
     named = {real_path(source.path) for source in kept if source.is_named}
     for path, source in owners.items():
@@ -323,24 +331,33 @@ def plan_outputs(
             raise ValueError(
                 f"the copy of {source.path} would overwrite {path}, an input too; leave that one out"
             )
-    others = [*owners, *(source.path for source in kept)]
-    if csv_path and real_path(csv_path) in map(real_path, others):
-        raise ValueError(f"--csv {csv_path} would overwrite a photo or video; name another file")
+    others = {real_path(path) for path in (*owners, *(source.path for source in kept))}
+    for path in tables:
+        if real_path(path) in others:
+            raise ValueError(f"the table {path} would overwrite an input or an output; name another file")
+        others.add(real_path(path))
     return plan
 
 
 def leave_out_finished(
-    plan: dict[Source, dict[str, Path]], left_out: Counter[str]
+    plan: dict[Source, dict[str, Path]], tables: Sequence[Table], left_out: Counter[str]
 ) -> dict[Source, dict[str, Path]]:
-    """Leave out what was found in a folder or by a pattern and has all its outputs, newer than itself."""
+    """Leave out what has all its outputs, newer than itself, and its rows of all tables.
+
+    What was named, and not found in a folder or by a pattern, is left out only where there are tables.
+    """
 
     def is_finished(source: Source) -> bool:
         with suppress(OSError):
             changed = source.path.stat().st_mtime
-            return all(path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values())
+            has_rows = all(table.has(source) for table in tables)
+            return has_rows and all(
+                path.stat().st_mtime >= changed and is_own(path) for path in plan[source].values()
+            )
         return False
 
-    left = {source: plan[source] for source in plan if source.is_named or not is_finished(source)}
+    is_asked = {source for source in plan if source.is_named and not tables}
+    left = {source: plan[source] for source in plan if source in is_asked or not is_finished(source)}
     left_out["finished before (--overwrite does it again)"] += len(plan) - len(left)
     return left
 
@@ -369,19 +386,20 @@ def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
             raise ValueError(f"{path} does not say that this program wrote it; {remedy}")
 
 
-def check_outputs(plan: dict[Source, dict[str, Path]], csv_path: Path | None, overwrite: bool) -> None:
-    """Find out before the work if the CSV cannot be written, or nothing else can.
+def check_outputs(plan: dict[Source, dict[str, Path]], tables: Sequence[Table], overwrite: bool) -> None:
+    """Find out before the work if a table cannot be written, or nothing else can.
 
     Raises:
         OSError: it is so.
-        ValueError: the CSV is not to be replaced, see `check_replaceable`.
+        ValueError: a table is not to be replaced, see `check_replaceable`.
     """
-    tables, paths = [csv_path] if csv_path else [], [path for each in plan.values() for path in each.values()]
-    for group in (tables, paths):
+    files = [path for table in tables for path in (table.path, table.journal)]
+    paths = [path for each in plan.values() for path in each.values()]
+    for group in (*([path] for path in files), paths):
         failures = [why_not_writable(path) for path in {path.parent: path for path in group}.values()]
         if failures and all(failures):
             raise OSError(failures[0])
-    check_replaceable(tables, overwrite)
+    check_replaceable(files, overwrite)
 
 
 # --- frames ---
@@ -1157,7 +1175,10 @@ AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by the number of
 NUM_BINS, BIN_WIDTH = 600, Fraction(1, 10)  # of a timeline; s, doubled when the video is longer than all bins
 NUM_PLOTTED, NUM_PICTURED = 8, 32  # tracks in the plot; tracks whose picture is kept to choose from
 PICTURE_SIZE = 64  # pixels, of a face beside its timeline
+CROP_EVERY = 1.0  # s, from a crop of a track to the next
 CHUNK = 5000  # faces that wait to be summed up together
+STDOUT = Path("-")  # of --csv
+TEXT_COLUMNS = ("file", "emotion")  # of Parquet; all others are numbers
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -1179,9 +1200,11 @@ def text_cell(text: object) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def face_cells(face: dict) -> list:
-    """Spread an object of `model.face_record` over the cells of a row."""
-    return [text_cell(cell) if isinstance(cell, str) else cell for cell in shared.face_cells(face)]
+def write_rows(file: TextIO, rows: Iterable[Sequence], num_columns: int) -> None:
+    """Write rows as CSV, each filled up with empty cells."""
+    for row in rows:
+        cells = [text_cell(cell) if isinstance(cell, str) else cell for cell in row]
+        csv.writer(file).writerow(cells + [None] * (num_columns - len(cells)))
 
 
 @contextmanager
@@ -1195,42 +1218,229 @@ def needed(name: str | Path) -> Iterator[None]:
         sys.exit(f"error: cannot write {shared.printable(name)}: {error.strerror}")
 
 
-@contextmanager
-def open_table(path: Path | None, classes: Sequence[str]) -> Iterator[Callable[[dict], None]]:
-    """Write the table of --csv, if there is a path; give the function that adds the faces of a record."""
-    if path is None:
-        yield lambda record: None
-        return
-    with shared.replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(shared.table_columns(classes))
-
-        def add(record: dict) -> None:
-            with needed(path):
-                for number, face in enumerate(record["faces"], start=1):
-                    when = [{**record, **face}.get(name) for name in ("frame", "time", "track")]
-                    table.writerow([text_cell(record["file"]), number, *when, *face_cells(face)])
-
-        yield add
+JOURNAL_FORMAT = 1  # to be raised when what a row holds changes
+# The options on which rows depend, beside the model.
+ROW_OPTIONS = ("emotions", "unsure", "min_face_prob", "min_face_size", "start", "end", "every")
+ROW_OPTIONS += ("search_every", "smooth", "rejoin", "empty_rows")
 
 
-def print_record(record: dict, as_json: bool) -> None:
-    """Print a photo's record, as JSON or a line for each face; of a video, its frames' as JSON only."""
+class Table:
+    """A table of all inputs, whose rows wait in a journal beside it until it is complete.
+
+    The journal of faces.csv is .faces.csv.journal, JSON Lines: first who wrote it and the settings; then, for
+    each input, its rows, as lists, and once all are there an object with its `file` and `stamp`, its size
+    and time of change. A later run with the same settings takes from it the rows of what has not changed.
+    """
+
+    def __init__(self, path: Path, settings: dict, sources: Sequence[Source], is_anew: bool):
+        """Find out what the journal has of the `sources`, in whose order the rows will be.
+
+        Args:
+            path: of the table; .parquet says that it is to be Parquet, anything else CSV.
+            settings: on which the rows depend, as JSON.
+            sources: all, be they finished or not.
+            is_anew: take nothing from the journal.
+
+        Raises:
+            ValueError: there is no package that writes Parquet.
+        """
+        if path.suffix.lower() == ".parquet" and not importlib.util.find_spec("pyarrow"):
+            raise ValueError(f"{path} needs pyarrow, which is not there; pip install pyarrow, or name a .csv")
+        self.path, self.journal, self._is_anew = path, path.with_name(f".{path.name}.journal"), is_anew
+        about = {"written_by": MARK, "format": JOURNAL_FORMAT, **settings}
+        self._head = f"{json.dumps(about)}\n".encode()
+        self._stamps = {}
+        for source in sources:
+            with suppress(OSError):  # a camera, or a file that is missing, which is found out later
+                about = source.path.stat()
+                self._stamps[str(source.path)] = [about.st_size, about.st_mtime_ns]
+        self._order = [str(source.path) for source in sources]
+        self._read()
+
+    def _read(self) -> None:
+        """Find where in the journal the rows of inputs begin and end, in bytes."""
+        self._parts, self._end = {}, 0
+        damages = (FileNotFoundError, ValueError, LookupError, TypeError)
+        with suppress(*damages), self.journal.open("rb") as file:
+            if self._is_anew or file.readline() != self._head:
+                return
+            start = end = file.tell()
+            for line in file:
+                end += len(line)
+                if line.startswith(b"{"):
+                    note = json.loads(line)
+                    if note["stamp"] and note["stamp"] == self._stamps.get(note["file"]):
+                        self._parts[note["file"]] = (start, end - len(line))
+                    self._end = start = end
+        if not self._parts:
+            self._end = 0
+
+    def has(self, source: Source) -> bool:
+        """Return whether all rows of an input are in the journal."""
+        return str(source.path) in self._parts
+
+    def rows(self) -> Iterator[list]:
+        """Read the rows of all inputs that have them."""
+        for start, end in [self._parts[name] for name in self._order if name in self._parts]:
+            with self.journal.open("rb") as file:
+                file.seek(start)
+                while file.tell() < end:
+                    yield json.loads(file.readline())
+
+    @contextmanager
+    def writing(self, columns: Sequence[str], todo: Iterable[Source]) -> Iterator[None]:
+        """Let the block add the rows of what is to do, and no other run; write the table once it ends well.
+
+        Raises:
+            BlockingIOError: another run is at work on it.
+            ValueError: another run has just taken its journal away.
+        """
+        with shared.only_writer_of(self.path):
+            known = self._parts
+            self._read()
+            if not known.items() <= self._parts.items():
+                raise ValueError(f"another run has just begun {self.path} anew; start again")
+            for source in todo:
+                self._parts.pop(str(source.path), None)
+            try:
+                with needed(self.path):
+                    self._file = self.journal.open("ab")
+                    if not self._end:
+                        self._file.truncate(0)
+                        self._end = self._file.write(self._head)
+                        self._file.flush()
+                with self._file:
+                    yield
+                self._write(columns)
+            finally:
+                if not self._parts:
+                    self.journal.unlink(missing_ok=True)
+
+    def begin(self) -> None:
+        """Begin an input; what was added of one that failed is dropped."""
+        with needed(self.path):
+            self._file.flush()
+            self._file.truncate(self._end)
+
+    def add(self, rows: Iterable[Sequence]) -> None:
+        """Add rows of the input that was begun; their cells are what JSON has."""
+        with needed(self.path):
+            self._file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
+
+    def finish(self, source: Source) -> None:
+        """Take in that an input has all its rows."""
+        name = str(source.path)
+        with needed(self.path):
+            self._file.flush()
+            end = self._file.seek(0, os.SEEK_END)
+            self._file.write(f"{json.dumps({'file': name, 'stamp': self._stamps.get(name)})}\n".encode())
+            self._file.flush()
+            self._parts[name], self._end = (self._end, end), self._file.tell()
+
+    def _write(self, columns: Sequence[str]) -> None:
+        with shared.replacing(self.path) as temporary:
+            if self.path.suffix.lower() != ".parquet":
+                with temporary.open("w", newline="", encoding="utf-8") as file:
+                    write_rows(file, [columns, *self.rows()], len(columns))
+                return
+            import pandas as pd
+
+            rows = [[*row, *[None] * (len(columns) - len(row))] for row in self.rows()]
+            table = pd.DataFrame(rows, columns=columns)
+            for name in table.columns.difference(TEXT_COLUMNS):
+                table[name] = pd.to_numeric(table[name])
+            table[list(TEXT_COLUMNS)] = table[list(TEXT_COLUMNS)].map(shared.printable, na_action="ignore")
+            table.attrs["written_by"] = MARK
+            table.to_parquet(temporary, index=False)
+
+
+def print_rows(rows: Iterable[Sequence], num_columns: int) -> None:
+    """Print rows as CSV, for --csv -."""
+    text = io.StringIO()
+    write_rows(text, rows, num_columns)
+    with needed("standard output"):
+        tqdm.write(text.getvalue(), end="")
+        sys.stdout.flush()
+
+
+def print_record(record: dict, style: str) -> None:
+    """Print a photo's record, as "json" or "text", a line for each face; of a video, its frames' as JSON."""
     file = shared.printable(record["file"])
     if not record["faces"] and "frame" not in record:
         tqdm.write(f"{file}: no face found", file=sys.stderr)
     with needed("standard output"):
-        if as_json:
+        if style == "json":
             tqdm.write(json.dumps(record))
-        elif "frame" not in record:
+        elif style == "text" and "frame" not in record:
             for face in record["faces"]:
                 box = ",".join(str(round(value)) for value in face["box"])
                 tqdm.write(f"{file}\t{box}\t{face['emotion']}\t{face['prob']:.2f}")
         sys.stdout.flush()  # whoever reads a live pipe should not wait
 
 
+class Crops:
+    """The faces of --save-crops, DIR/<emotion>/<input>_<frame>_<track>.png, as the classifier sees them.
+
+    At most one each CROP_EVERY of a track, and none that looks like one before of the same emotion.
+    DIR/crops.csv lists them.
+    """
+
+    columns = ("file", "frame", "track", "emotion", "prob", "crop", "hash")
+
+    def __init__(self, table: Table, sources: Sequence[Source], overwrite: bool):
+        """Take the list, all sources, and whether files that are not this script's may be replaced."""
+        self.table, self._overwrite = table, overwrite
+        bases = name_apart(sources, lambda _, base: [table.path.parent / base])
+        self._bases = {str(source.path): base for source, base in bases.items()}
+        self._cut: dict[int, float] = {}  # s, when a crop of a track was last cut
+        self._hashes: dict[str, list[int]] = defaultdict(list)  # of the crops, by emotion
+
+    def begin(self) -> None:
+        """Begin an input."""
+        self._cut.clear()
+        if not self._hashes:
+            for *_, emotion, _, _, text in self.table.rows():
+                self._hashes[emotion].append(int(text, 16))
+
+    def add(self, record: dict, image: Image.Image, margin: float) -> None:
+        """Cut what is due of a photo's faces, whose number stands for a track, or of a frame's.
+
+        Raises:
+            ValueError: there is a file of that name that does not say that this script wrote it.
+            OSError: a crop cannot be written.
+        """
+        import imagehash
+
+        frame, time = record.get("frame", 0), record.get("time", 0.0)
+        for number, face in enumerate(record["faces"], start=1):
+            track = face.get("track", number)
+            is_due = time - self._cut.get(track, -math.inf) >= CROP_EVERY
+            if face["emotion"] == shared.UNSURE or not is_due:
+                continue
+            self._cut[track] = time
+            [crop] = shared.crop_faces(image, np.array([face["box"]]), margin)
+            text, others = str(imagehash.phash(crop)), self._hashes[face["emotion"]]
+            value = int(text, 16)
+            if any((value ^ other).bit_count() <= shared.DUPLICATE_BITS for other in others):
+                continue
+            name = f"{face['emotion']}/{self._bases[record['file']]}_{frame}_{track}.png"
+            path = self.table.path.parent / name
+            check_replaceable([path], self._overwrite)
+            save_image(crop, path)
+            others.append(value)
+            self.table.add([[record["file"], frame, track, face["emotion"], face["prob"], name, text]])
+
+
+def summary_columns(labels: Sequence[str]) -> list[str]:
+    """Name the columns of `Summary.rows`; `labels` are what a face may be called."""
+    shares = [f"share_{name}" for name in labels]
+    return ["file", "track", "faces", "seconds", "first", "last", "emotion", *shares, "prob", "changes"]
+
+
 class Summary:
     """Tracks and emotions of a video, in memory that does not grow with its length but with its tracks.
+
+    A photo is a frame whose faces are one track, 0.
 
     Faces are summed up by track and bin of time, CHUNK of them at a time. When the video outgrows NUM_BINS,
     pairs of bins become one.
@@ -1251,6 +1461,7 @@ class Summary:
         self._rows: list[tuple] = []  # of faces that are not summed up yet
         self._sums: pd.DataFrame | None = None
         self.seen = Counter()
+        self._emotions: dict[int, str] = {}  # by track, the last
         self.pictures: dict[int, tuple[float, Image.Image]] = {}
 
     def add(self, frame: Frame, faces: Sequence[dict]) -> None:
@@ -1262,7 +1473,10 @@ class Summary:
             track, probs = face["track"], face["probs"].values()
             seconds = [float(frame.duration) * (name == face["emotion"]) for name in self.labels]
             when = int((frame.time - self.start) / BIN_WIDTH)
-            self._rows.append((track, when, float(frame.time), float(self.end), *seconds, *probs))
+            is_changed = self._emotions.get(track, face["emotion"]) != face["emotion"]
+            about = (float(frame.time), float(self.end), face["prob"], is_changed)
+            self._rows.append((track, when, *about, *seconds, *probs))
+            self._emotions[track] = face["emotion"]
             self.seen[track] += 1
             self._keep_picture(frame.image, face)
         if len(self.pictures) > NUM_PICTURED:
@@ -1280,12 +1494,13 @@ class Summary:
             self.pictures[face["track"]] = (face["prob"], picture)
 
     def _sum_up(self) -> pd.DataFrame:
-        """Return a row for each track and bin: `first` and `last`, s, sums of `seconds_` and `prob_`."""
+        """Return a row for each track and bin: `first` and `last`, s, and sums of all else."""
         import pandas as pd
 
         if not self._rows and self._sums is not None:
             return self._sums
-        sums = [f"seconds_{name}" for name in self.labels] + [f"prob_{name}" for name in self.classes]
+        sums = ["prob", "changes", *(f"seconds_{name}" for name in self.labels)]
+        sums += [f"prob_{name}" for name in self.classes]
         rows = pd.DataFrame(self._rows, columns=["track", "bin", "first", "last", *sums])
         rows = rows.astype({"track": int, "bin": int, **dict.fromkeys(["first", "last", *sums], float)})
         rows["bin"] //= int(self._bin_width / BIN_WIDTH)
@@ -1298,21 +1513,37 @@ class Summary:
         return self._sums
 
     def tracks(self) -> pd.DataFrame:
-        """Return a row for each track: its times in s, its commonest label, and each label's share."""
+        """Return a row for each track, with `summary_columns` but `file`; times are in s.
+
+        `faces` is how often it was seen, `emotion` its commonest label, `share_` each label's share of its
+        time, `prob` the mean probability of the labels, `changes` how often the label changed.
+        """
         table = self._sum_up().groupby("track")
         seconds = table[[f"seconds_{name}" for name in self.labels]].sum()
         seconds.columns = self.labels
         shares = seconds.div(seconds.sum(axis=1), axis=0)
-        tracks = table.agg({"first": "min", "last": "max"})
+        tracks = table.agg({"first": "min", "last": "max", "prob": "sum", "changes": "sum"})
+        tracks["faces"] = tracks.index.map(self.seen).astype(int)
+        tracks["prob"] = (tracks["prob"] / tracks["faces"]).round(4)
+        tracks["changes"] = tracks["changes"].astype(int)
         tracks["seconds"] = seconds.sum(axis=1)
         tracks["emotion"] = shares.idxmax(axis=1) if len(shares) else ""
-        return tracks.round(3).join(shares.add_prefix("share_").round(4)).reset_index()
+        tracks = tracks.round({"first": 3, "last": 3, "seconds": 3})
+        tracks = tracks.join(shares.add_prefix("share_").round(4))
+        return tracks.reset_index()[summary_columns(self.labels)[1:]]
 
-    def print_line(self, path: Path, as_json: bool) -> None:
-        """Print file, tracks and length, top emotion and its share; on stderr, that no face was found."""
+    def rows(self, file: str) -> list[list]:
+        """Return the rows of --summary: a row for each track, one for a photo."""
+        tracks = self.tracks().astype(object)
+        if self.seen[0]:
+            tracks[["track", "seconds", "first", "last", "changes"]] = None
+        return [[file, *row] for row in tracks.to_numpy().tolist()]
+
+    def print_line(self, path: Path, style: str) -> None:
+        """Print file, tracks and length, top emotion and its share, as "text" only; else only what has none."""
         if not self.seen:
             tqdm.write(f"{shared.printable(path)}: no face found", file=sys.stderr)
-        elif not as_json:
+        elif style == "text":
             tracks = self.tracks()
             seconds = [(tracks["seconds"] * tracks[f"share_{name}"]).sum() for name in self.labels]
             top = int(np.argmax(seconds))
@@ -1524,12 +1755,78 @@ class Kit(NamedTuple):
     unsure: float  # see `model.face_record`
 
 
-def label_photo(path: Path, copy: Path, kit: Kit) -> dict:
-    """Write a photo's labelled copy; return the record that --json prints."""
+class Results:
+    """What is told of all inputs together: standard output, --csv, --summary and --save-crops.
+
+    Attributes:
+        style: of standard output: "text", "json" or "csv".
+        tables: by what they are of, those of "faces", "summary" and "crops" that are asked for.
+    """
+
+    def __init__(
+        self,
+        style: str,
+        tables: dict[str, Table],
+        sources: Sequence[Source],
+        *,
+        overwrite: bool,
+        keep_empty: bool,
+    ):
+        """Begin; `sources` are all, for `overwrite` see `check_replaceable`, for `keep_empty` `face_rows`."""
+        self.style, self.tables, self.keep_empty = style, tables, keep_empty
+        self._crops = Crops(tables["crops"], sources, overwrite) if "crops" in tables else None
+
+    @contextmanager
+    def writing(self, kit: Kit, todo: Sequence[Source]) -> Iterator[None]:
+        """Let the block add the results of what is to do; write the tables once it ends well."""
+        faces = shared.table_columns(kit.classifier.classes)
+        columns = {"faces": faces, "summary": summary_columns(list(kit.colors)), "crops": Crops.columns}
+        self._num_columns, self._margin = len(faces), kit.classifier.crop_margin
+        with ExitStack() as stack:
+            for name, table in self.tables.items():
+                stack.enter_context(table.writing(columns[name], todo))
+            if self.style == "csv":
+                print_rows([faces], len(faces))
+            yield
+
+    def begin(self) -> None:
+        """Begin an input."""
+        for table in self.tables.values():
+            table.begin()
+        if self._crops:
+            self._crops.begin()
+
+    def add(self, record: dict, image: Image.Image) -> None:
+        """Add a photo, or a frame of a video, with the record of it that --json prints."""
+        print_record(record, self.style)
+        rows = shared.face_rows(record, self.keep_empty)
+        if self.style == "csv":
+            print_rows(rows, self._num_columns)
+        elif "faces" in self.tables:
+            self.tables["faces"].add(rows)
+        if self._crops:
+            self._crops.add(record, image, self._margin)
+
+    def finish(self, source: Source, summary: Summary) -> None:
+        """Take in that an input is done."""
+        if source.kind != "photo":
+            summary.print_line(source.path, self.style)
+        if "summary" in self.tables:
+            name = str(source.path)
+            self.tables["summary"].add(summary.rows(name) or [[name, None, 0]])
+        for table in self.tables.values():
+            table.finish(source)
+
+
+def label_photo(path: Path, copy: Path, kit: Kit, results: Results) -> Summary:
+    """Write a photo's labelled copy, and add it to the results."""
     image = shared.open_picture(path)
     faces = shared.label_faces(image, kit.finder, kit.classifier, kit.unsure)
     save_image(draw_faces(image, faces, kit.colors, kit.font_path), copy)
-    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}
+    results.add({"file": str(path), "width": image.width, "height": image.height, "faces": faces}, image)
+    summary = Summary(kit.classifier.classes, list(kit.colors))
+    summary.add(Frame(0, Fraction(0), Fraction(1), image), [{"track": 0, **face} for face in faces])
+    return summary
 
 
 @contextmanager
@@ -1551,7 +1848,7 @@ def label_video(
     kit: Kit,
     *,
     follow: Callable[..., Iterator[tuple[Frame, list[dict]]]],
-    emit: Callable[[dict], None],
+    results: Results,
     window: Window | None,
 ) -> Summary:
     """Write what `outputs` names of a video; all of it or, if something fails, nothing.
@@ -1560,8 +1857,8 @@ def label_video(
         video: opened.
         outputs: of `name_outputs`.
         kit: what labels faces.
-        follow: `follow_faces` with all but frames and batch_size.
-        emit: gets the record of each frame that --json prints.
+        follow: `follow_faces` with all but frames, batch_size and is_live.
+        results: get each frame.
         window: shows the frames; once it is left, the video ends.
 
     Raises:
@@ -1573,19 +1870,20 @@ def label_video(
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
         stack.enter_context(writing_outputs(video.name))
         file = parts.get("faces", Path(os.devnull)).open("w", newline="", encoding="utf-8")
-        table = csv.writer(stack.enter_context(file))
-        table.writerow(["frame", "time", "track", *shared.face_columns(kit.classifier.classes)])
+        table, columns = stack.enter_context(file), shared.table_columns(kit.classifier.classes)
+        write_rows(table, [columns], len(columns))
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         faces_of = follow(frames, batch_size=ahead, is_live=video.path is None)
         followed = stack.enter_context(closing(in_background(faces_of, ahead)))
         name = shared.printable(video.name)
         for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=None):
-            when = round(float(frame.time), 4)
             summary.add(frame, faces)
-            table.writerows([frame.number, when, face["track"], *face_cells(face)] for face in faces)
-            size = {"width": frame.image.width, "height": frame.image.height}
-            emit({"file": video.name, **size, "frame": frame.number, "time": when, "faces": faces})
+            about = {"file": video.name, "width": frame.image.width, "height": frame.image.height}
+            about |= {"frame": frame.number, "time": round(float(frame.time), 4)}
+            record = {**about, "faces": faces}
+            write_rows(table, shared.face_rows(record, results.keep_empty), len(columns))
+            results.add(record, frame.image)
             if "video" in parts or window:
                 image = draw_faces(frame.image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
@@ -1598,9 +1896,9 @@ def label_video(
             raise ValueError(f"{video.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, parts["timeline"])
-            tracks = summary.tracks()
-            tracks["emotion"] = tracks["emotion"].map(text_cell)
-            tracks.to_csv(parts["tracks"], index=False, lineterminator="\r\n")
+            columns = summary_columns(summary.labels)
+            with parts["tracks"].open("w", newline="", encoding="utf-8") as file:
+                write_rows(file, [columns, *summary.rows(video.name)], len(columns))
     return summary
 
 
@@ -1651,12 +1949,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help=overwrite)
     add("--camera", metavar="N", help="label a camera live: its number, or a stream's address")
     add("--show", action="store_true", help="watch videos in a live window; q ends them there")
-    out_dir = "folder for the outputs (default: beside each input)"
-    add("--out-dir", type=Path, metavar="DIR", help=out_dir)
+    add("--out-dir", type=Path, metavar="DIR", help="folder for the outputs (default: beside each input)")
     add("--json", action="store_true", help="print an object for each photo and frame, not lines of text")
-    add("--csv", type=Path, metavar="FILE", help="also write a table of all faces, of videos in each frame")
-    sure = "how sure the detector must be of a face, 0.7-1; it drops those below 0.7"
-    add("--min-face-prob", type=share, default=0.9, metavar="P", help=sure)
+    csv_help = (
+        "also write a table of all faces, of videos in each frame; .parquet instead of .csv needs pyarrow, - "
+        "is standard output. After a stop, the same command goes on: what is done waits in .FILE.journal"
+    )
+    add("--csv", type=Path, metavar="FILE", help=csv_help)
+    add("--empty-rows", action="store_true", help="tables have a row for a photo or frame without faces too")
+    summary_help = (
+        "also write a table with a row for each photo and each track of a video: how long, top emotion, each "
+        "emotion's share, mean probability, changes; .parquet and stops as --csv"
+    )
+    add("--summary", type=Path, metavar="FILE", help=summary_help)
+    crops_help = (
+        "also cut out the faces, DIR/<emotion>/*.png, without those that are unsure or look like one before; "
+        "of a video at most one a second and track"
+    )
+    add("--save-crops", type=Path, metavar="DIR", help=crops_help)
+    add(
+        "--min-face-prob",
+        type=share,
+        default=0.9,
+        metavar="P",
+        help="how sure the detector must be of a face, 0.7-1; it drops those below 0.7",
+    )
     small = (
         "smallest face to look for, pixels (12 or more), or a share of the shorter side (below 1), which "
         "means 20 pixels or more; smaller ones take longer"
@@ -1665,21 +1982,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
     add("--end", type=clock_time, metavar="T", help="end videos there, s or h:mm:ss")
     add("--no-video", action="store_true", help="write only the tables and plots of videos")
-    each = "classify a video's faces in every so many frames"
-    add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
-    search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
-    add("--search-every", type=positive, default=0.3, metavar="S", help=search)
-    smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
-    add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
-    rejoin = "a face that comes back within so many s keeps its number, if it looks the same; 0: never"
-    add("--rejoin", type=positive, default=10.0, metavar="S", help=rejoin)
+    count = shared.number(int, 1)
+    add(
+        "--every", type=count, default=3, metavar="N", help="classify a video's faces in every so many frames"
+    )
+    add(
+        "--search-every",
+        type=positive,
+        default=0.3,
+        metavar="S",
+        help="search a whole frame so often, s; 0: each frame; between, faces are followed",
+    )
+    add(
+        "--smooth",
+        type=positive,
+        default=0.5,
+        metavar="S",
+        help="time constant of smoothing probabilities in videos, s; 0: do not",
+    )
+    add(
+        "--rejoin",
+        type=positive,
+        default=10.0,
+        metavar="S",
+        help="a face that comes back within so many s keeps its number, if it looks the same; 0: never",
+    )
     add("--model", type=Path, default=shared.DEFAULT_MODEL, metavar="FILE", help="checkpoint")
     emotions_help = (
         "tell these apart, or all that the model has learned (default: those that it was made for)"
     )
     add("--emotions", nargs="+", default=(), metavar="NAME", help=emotions_help)
-    unsure_help = f"call faces whose likeliest emotion is less likely {shared.UNSURE}; 0: none"
-    add("--unsure", type=share, default=0.0, metavar="P", help=unsure_help)
+    add(
+        "--unsure",
+        type=share,
+        default=0.0,
+        metavar="P",
+        help=f"call faces whose likeliest emotion is less likely {shared.UNSURE}; 0: none",
+    )
     add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
     shared.add_options(parser, device="auto")
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
@@ -1692,20 +2031,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.end = math.inf if args.end is None else args.end
     if args.start >= args.end:
         parser.error("--start must come before --end")
+    if args.summary == STDOUT:
+        parser.error("--summary - is not possible; name a file")
+    if args.json and args.csv == STDOUT:
+        parser.error("--json and --csv - would both go to standard output; name a file for --csv")
     return args
+
+
+def why_failed(source: Source, error: Exception) -> object:
+    """Return what is wrong with an input; raise the error again if it is a bug, or ends the run."""
+    is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+    if is_bug or isinstance(error, BrokenPipeError):
+        raise error
+    is_memory = isinstance(error, MemoryError | RuntimeError)
+    return f"{source.path} needs more memory than there is" if is_memory else error
 
 
 @shared.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
-    args, left_out = parse_args(argv), Counter()
+    args, left_out, has_failed = parse_args(argv), Counter(), False
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
-    plan = plan_outputs(sources, not args.no_video, args.csv, left_out)
-    if not (args.overwrite or args.json or args.csv):  # the last two are to hold all
-        plan = leave_out_finished(plan, left_out)
-    check_outputs(plan, args.csv, args.overwrite)
+    style = "json" if args.json else "csv" if args.csv == STDOUT else "text"
+    files = {"faces": args.csv, "summary": args.summary}
+    files |= {"crops": args.save_crops and args.save_crops / "crops.csv"}
+    files = {name: path for name, path in files.items() if path and path != STDOUT}
+    plan = plan_outputs(sources, not args.no_video, list(files.values()), left_out)
+    settings = {name: getattr(args, name) for name in ROW_OPTIONS}
+    settings["model"] = args.model.is_file() and shared.file_digest(args.model)
+    is_whole = args.overwrite or style != "text"  # standard output is to hold all
+    tables = {name: Table(path, settings, list(plan), is_whole) for name, path in files.items()}
+    results = Results(style, tables, list(plan), overwrite=args.overwrite, keep_empty=args.empty_rows)
+    if not is_whole:
+        plan = leave_out_finished(plan, list(tables.values()), left_out)
+    check_outputs(plan, list(tables.values()), args.overwrite)
     load_font(args.font, MIN_FONT_SIZE)  # a wrong one is refused before the work
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
@@ -1725,32 +2086,22 @@ def main(argv: list[str] | None = None) -> None:
         unsure=args.unsure,
     )
 
-    has_failed = False
-    with open_table(args.csv, classifier.classes) as add_rows:
-
-        def emit(record: dict) -> None:
-            print_record(record, args.json)
-            add_rows(record)
-
+    with results.writing(kit, list(plan)):
         for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
+            results.begin()
             try:
                 check_replaceable(outputs.values(), args.overwrite)
                 if source.kind == "photo":
-                    emit(label_photo(source.path, outputs["copy"], kit))
+                    results.finish(source, label_photo(source.path, outputs["copy"], kit, results))
                     continue
                 kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
                 with closing(kind(name, args.start, args.end)) as video:
-                    summary = label_video(video, outputs, kit, follow=follow, emit=emit, window=window)
-                summary.print_line(source.path, args.json)
+                    summary = label_video(video, outputs, kit, follow=follow, results=results, window=window)
+                results.finish(source, summary)
                 if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
             except (ValueError, OSError, MemoryError, RuntimeError) as error:  # the others are still worth it
-                is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
-                if is_bug or isinstance(error, BrokenPipeError):
-                    raise
-                if isinstance(error, MemoryError | RuntimeError):
-                    error = f"{source.path} needs more memory than there is"
-                tqdm.write(f"error: {shared.printable(error)}", file=sys.stderr)
+                tqdm.write(f"error: {shared.printable(why_failed(source, error))}", file=sys.stderr)
                 has_failed = True
                 left_out["failed, see above"] += not source.is_named
             if window and window.is_left:
