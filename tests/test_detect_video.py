@@ -798,8 +798,8 @@ def test_a_named_file_is_done_again(album):
     save_image(Image.open(album / "photo.png"), album / "photo_emotions.png")
     for inputs, left in (([album / "photo.png"], 1), ([album], 1), ([album, album / "photo.png"], 2)):
         sources = find_sources(list(map(str, inputs)), False, None, Counter())
-        plan = plan_outputs(sources, True, None, Counter())
-        assert len(leave_out_finished(plan, Counter())) == left
+        plan = plan_outputs(sources, True, [], Counter())
+        assert len(leave_out_finished(plan, [], Counter())) == left
 
 
 def test_json_of_a_folder_tells_of_all(run, album):
