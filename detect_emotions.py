@@ -1260,7 +1260,7 @@ class Table:
     def _read(self) -> None:
         """Find where in the journal the rows of inputs begin and end, in bytes."""
         self._parts, self._end = {}, 0
-        damages = (FileNotFoundError, ValueError, LookupError, TypeError)
+        damages = (OSError, ValueError, LookupError, TypeError)
         with suppress(*damages), self.journal.open("rb") as file:
             if self._is_anew or file.readline() != self._head:
                 return
@@ -1540,7 +1540,7 @@ class Summary:
         return [[file, *row] for row in tracks.to_numpy().tolist()]
 
     def print_line(self, path: Path, style: str) -> None:
-        """Print file, tracks and length, top emotion and its share, as "text" only; else only what has none."""
+        """Print file, tracks and length, top emotion and its share as "text"; else only what has no face."""
         if not self.seen:
             tqdm.write(f"{shared.printable(path)}: no face found", file=sys.stderr)
         elif style == "text":
