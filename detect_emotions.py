@@ -1303,13 +1303,11 @@ class Table:
             for source in todo:
                 self._parts.pop(str(source.path), None)
             try:
-                with needed(self.path):
-                    self._file = self.journal.open("ab")
-                    if not self._end:
-                        self._file.truncate(0)
-                        self._end = self._file.write(self._head)
-                        self._file.flush()
-                with self._file:
+                if not self._end:
+                    with shared.replacing(self.journal) as temporary:
+                        self._end = temporary.write_bytes(self._head)
+                with self.journal.open("ab") as self._file:
+                    self.begin()
                     yield
                 self._write(columns)
             finally:
@@ -2003,7 +2001,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--rejoin",
         type=positive,
-        default=10.0,
+        default=30.0,
         metavar="S",
         help="a face that comes back within so many s keeps its number, if it looks the same; 0: never",
     )

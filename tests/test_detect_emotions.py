@@ -774,7 +774,7 @@ def test_table_on_a_full_disk_ends_the_run_with_one_line(run, small, tmp_path):
     with file_size_limit(100):
         code, out, err = run(tmp_path / "x.png", "--csv", tmp_path / "t.csv")
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1] == f"error: cannot write {tmp_path / 't.csv'}: File too large"
+    assert err.splitlines()[-1] == f"error: cannot write {tmp_path / '.t.csv.journal'}: File too large"
     assert names(tmp_path) == ["x.png"]
 
 
