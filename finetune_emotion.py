@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
 OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a photo, in the table's order
-# Of 64 bits. In 2,239 scraped faces all 23 pairs looked at up to 4 bits apart are one picture, half of the 8
-# at 6 bits, a few of 16 at 8, none of 16 at 10. A wrong pair only shares a side of the split.
-DUPLICATE_BITS = 8
 HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
 FOLDS = 5  # of the cross-validation, chosen here
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
@@ -211,7 +208,7 @@ def group_duplicates(hashes: np.ndarray) -> Tensor:
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import KDTree
 
-    pairs = KDTree(hashes.astype(float)).query_pairs(DUPLICATE_BITS, p=1, output_type="ndarray")
+    pairs = KDTree(hashes.astype(float)).query_pairs(shared.DUPLICATE_BITS, p=1, output_type="ndarray")
     links = coo_array((np.ones(len(pairs)), pairs.T), (len(hashes), len(hashes)))
     return torch.from_numpy(connected_components(links, directed=False)[1])
 
@@ -222,7 +219,7 @@ def have_duplicates(hashes: np.ndarray, others: np.ndarray) -> Tensor:
     from scipy.spatial import KDTree
 
     distances, _ = KDTree(others.astype(float)).query(hashes.astype(float), p=1)
-    return torch.from_numpy(distances <= DUPLICATE_BITS)
+    return torch.from_numpy(distances <= shared.DUPLICATE_BITS)
 
 
 def split_groups(

@@ -37,6 +37,7 @@ from detect_emotions import (
     clock_time,
     draw_faces,
     find_sources,
+    follow_faces,
     in_background,
     is_cut,
     leave_out_finished,
@@ -799,7 +800,7 @@ def test_a_named_file_is_done_again(album):
     for inputs, left in (([album / "photo.png"], 1), ([album], 1), ([album, album / "photo.png"], 2)):
         sources = find_sources(list(map(str, inputs)), False, None, Counter())
         plan = plan_outputs(sources, True, {}, Counter())
-        assert len(leave_out_finished(plan, Counter())) == left
+        assert len(leave_out_finished(plan, [], Counter())) == left
 
 
 def test_json_of_a_folder_tells_of_all(run, album):
@@ -888,6 +889,53 @@ def test_box_that_the_last_stage_makes_jump_stays_until_the_next_search():
     assert tracker.follow(image, 0.4, faces_at()) == []
 
 
+@pytest.fixture(scope="module")
+def people():
+    """Two heads, as large as `box_at` and its surroundings."""
+    with Image.open(SAMPLE) as image:
+        return [image.crop((x, 0, x + 480, 480)).resize((120, 120)) for x in (0, 480)]
+
+
+@pytest.fixture
+def returns(people):
+    """Show people for half a second each, (who, x), at most once a cut; return the numbers that they get."""
+
+    def returns(*shown, rejoin=10, cuts=()):
+        tracker, numbers = Tracker(FixedFinder(), rejoin), []
+        for i, (who, x) in enumerate(shown):
+            if i in cuts:
+                tracker.forget_places()
+            image, found = Image.new("RGB", (640, 360), "gray"), faces_at()
+            if who is not None:
+                image.paste(people[who], (x - 40, 60))
+                found = faces_at(box_at(x, 100))
+            for j in range(6):
+                seen = tracker.follow(image, i + j / 10, found)
+            numbers.append([sighting.track.number for sighting in seen])
+        return numbers
+
+    return returns
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 2)])
+def test_face_that_comes_back_keeps_its_number_wherever_it_is(returns, cuts):
+    shown = [(0, 240), (None, 0), (0, 240), (None, 0), (0, 480)]
+    assert returns(*shown, cuts=cuts) == [[1], [], [1], [], [1]]
+    assert returns(*shown, cuts=cuts, rejoin=0) == [[1], [], [2], [], [3]]
+
+
+def test_another_person_gets_a_number_of_their_own(returns):
+    shown = [(0, 240), (None, 0), (1, 240), (None, 0), (0, 240), (None, 0), (1, 480)]
+    assert returns(*shown) == [[1], [], [2], [], [1], [], [2]]
+    assert returns((0, 240), (1, 240), (0, 240), (1, 240), cuts=(1, 2, 3)) == [[1], [2], [1], [2]]
+
+
+def test_face_that_was_away_for_longer_gets_a_new_number(returns):
+    shown = [(0, 240), *[(None, 0)] * 4, (0, 240)]
+    assert returns(*shown, rejoin=3)[-1] == [2]
+    assert returns(*shown, rejoin=6)[-1] == [1]
+
+
 def test_match_boxes_pairs_the_best_first():
     boxes = np.array([box_at(0, 0), box_at(20, 0)])
     assert match_boxes(boxes, np.array([box_at(8, 0)])) == {0: 0}
@@ -909,7 +957,7 @@ def test_search_comes_with_each_cut_and_in_time(run, astronaut, moving, tmp_path
     other.paste(astronaut, (100, 0))
     images = [*moving(10, step=0), *[other] * 10]
     clip = write_video(tmp_path / "clip.mp4", images)
-    assert run(clip, "--no-video", "--search-every", 0.2)[0] == 0
+    assert run(clip, "--no-video", "--search-every", 0.2, "--rejoin", 0)[0] == 0
     assert [color[1] > 200 for color in searched] == [False, False, True, True]  # frames 0, 5, 10, 15
     tracks = [row["track"] for row in read_table(tmp_path / "clip_emotions.csv")]
     assert tracks == ["1"] * 10 + ["2"] * 10  # a cut ends all tracks
@@ -962,28 +1010,86 @@ def test_refined_boxes_stay_on_the_face(run, real_data, tmp_path):
 # --- smoothing and drawing ---
 
 
+def smoothed(values, time, *, is_centred=False, step=0.1, time_constant=0.5):
+    """Smooth the probabilities of the second of two classes, one each `step` s."""
+    track = Track(box_at(0, 0), 0.0)
+    track.samples = [(i * step, np.array([1 - value, value])) for i, value in enumerate(values)]
+    return track.smooth(time, time_constant, is_centred)[1]
+
+
 def test_smoothing_follows_its_time_constant():
-    sad, happy = np.array([1.0, 0.0]), np.array([0.0, 1.0])
     for step in (0.1, 0.05):  # however often it is read
-        track = Track(box_at(0, 0), 0.0)
-        track.smooth(sad, 0.0, 0.5)
-        for i in range(1, round(0.5 / step) + 1):
-            track.smooth(happy, i * step, 0.5)
-        assert track.probs[0] == pytest.approx(math.exp(-1))
-    track.smooth(sad, 1.0, 0)
-    assert track.probs.tolist() == sad.tolist()
+        count = round(1 / step)
+        values = [0.0] * 3 * count + [1.0] * (count // 2)
+        now = (len(values) - 1) * step
+        assert smoothed(values, now, step=step) == pytest.approx(1 - math.exp(-1), abs=0.01)
+        assert smoothed(values, now, step=step, time_constant=0) == 1
+
+
+def test_centred_smoothing_has_no_lag_and_removes_as_much_noise():
+    values = [0.0] * 20 + [1.0] * 21
+    assert smoothed(values, 1.95, is_centred=True) == pytest.approx(0.5, abs=0.001)
+    noise = np.random.default_rng(0).uniform(0, 1, 401)
+    causal, centred = (
+        np.std(
+            [
+                smoothed(noise[i - 20 : i + 21][: 41 if is_centred else 21], 2.0, is_centred=is_centred)
+                for i in range(20, 380)
+            ]
+        )
+        for is_centred in (False, True)
+    )
+    assert centred == pytest.approx(causal, rel=0.15)
 
 
 def test_label_changes_only_when_another_emotion_clearly_leads():
     def labels(smooth):
         track, seen = Track(box_at(0, 0), 0.0), []
         for i in range(20):
-            track.smooth(np.array([0.5, 0.5]) + (0.04, -0.04) * np.array((-1) ** i), i / 10, smooth)
+            track.samples.append((i / 10, np.array([0.5, 0.5]) + (0.04, -0.04) * np.array((-1) ** i)))
+            track.smooth(i / 10, smooth, False)
             seen.append(track.emotion)
         return seen
 
     assert labels(0.5) == [0] * 20
     assert labels(0) == [0, 1] * 10
+
+
+class FixedClassifier:
+    """Says that a bright image's faces are happy, a dark one's sad."""
+
+    classes = ("happy", "sad")
+
+    def predict_all(self, images, boxes):
+        is_bright = [image.getpixel((0, 0))[0] > 124 for image in images]
+        return [
+            np.tile([[0.9, 0.1]] if bright else [[0.1, 0.9]], (len(part), 1))
+            for bright, part in zip(is_bright, boxes, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("is_live", "low", "high"), [(False, -0.01, 0.06), (True, 0.2, 0.6)])
+def test_label_of_a_file_changes_when_the_face_does_and_of_a_camera_later(is_live, low, high):
+    class OneFace(FixedFinder):
+        def find_all(self, images):
+            return [faces_at(box_at(100, 100))] * len(images)
+
+    read = []
+
+    def frames():
+        for i in range(100):
+            read.append(i)
+            color = "gray" if i < 50 else (120, 120, 120)
+            yield Frame(i, Fraction(i, 25), Fraction(1, 25), Image.new("RGB", SIZE, color))
+
+    classifier = FixedClassifier()
+    how = {"every": 1, "search_every": 0, "smooth": 0.5, "rejoin": 0, "unsure": 0, "batch_size": 4}
+    labels = []
+    for frame, faces in follow_faces(frames(), OneFace(), classifier, **how, is_live=is_live):
+        labels.append(faces[0]["emotion"])
+        assert len(read) - frame.number <= (4 if is_live else 4 + 13)  # it looks ahead half a second
+    change = labels.index("sad") / 25 - 2
+    assert (labels.count("happy"), low < change < high) == (labels.index("sad"), True)
 
 
 def test_drawn_label_stands_still_when_the_face_does():
@@ -1003,6 +1109,17 @@ def test_drawn_box_follows_a_face_that_moves():
         face = {"track": 1, "box": [x, 60, x + 60, 130], "emotion": "happy", "prob": 0.8}
         draw_faces(Image.new("RGB", (320, 180)), [face], {"happy": "#F0E442"}, None, drawn)
         assert abs(drawn[1].box[0] - x) <= 0.04 * 70 + 1e-9
+
+
+def test_label_in_a_video_has_the_number_of_its_track():
+    face, drawn = {"box": [100, 60, 160, 130], "emotion": "happy", "prob": 0.8}, []
+    for track in ({}, {"track": 3}, {"track": 4}):
+        drawn.append(draw_faces(Image.new("RGB", (320, 180)), [face | track], {"happy": "#F0E442"}))
+    assert len({image.tobytes() for image in drawn}) == 3
+    (left, right), (farther_left, farther_right) = (
+        np.flatnonzero((np.asarray(image)[:58] > 0).any((0, 2)))[[0, -1]] for image in drawn[:2]
+    )
+    assert farther_right - farther_left > right - left + 5
 
 
 def test_label_keeps_its_place_until_another_is_much_better():
@@ -1044,6 +1161,7 @@ def test_summary_counts_the_seconds_of_each_emotion(capsys):
     first, second = summary.tracks().to_dict("records")
     assert first == {
         "track": 1,
+        "faces": 10,
         "first": 0,
         "last": 1,
         "seconds": 1,
@@ -1053,9 +1171,11 @@ def test_summary_counts_the_seconds_of_each_emotion(capsys):
         "share_happy": 0.6,
         "share_sad": 0.4,
         "share_surprised": 0,
+        "prob": 0.8,
+        "changes": 1,
     }
-    assert list(second.values())[:5] == [2, 0.8, 1, 0.2, "angry"]
-    summary.print_line(Path("x.mp4"), as_json=False)
+    assert list(second.values())[:6] == [2, 2, 0.2, 0.8, 1, "angry"]
+    summary.print_line(Path("x.mp4"), "text")
     assert capsys.readouterr().out == "x.mp4\t2 tracks, 1.0 s\thappy\t0.50\n"
 
 
