@@ -1,13 +1,14 @@
 """Find every face in photos and videos, classify its emotion, and write labelled copies, <name>_emotions.
 
 MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet
-classifies a square crop of each. In a video the faces are followed from frame to frame, and their
-probabilities are smoothed over time; beside the labelled video stand a table of all faces in all frames, one
-of the tracks, and a plot of their emotions over time. stdout has a line for each face of a photo and for each
-video, tab-separated, or JSON Lines.
+classifies a square crop of each. In a video the faces are followed from frame to frame, known again after a
+while out of sight, and their probabilities are smoothed over time; beside the labelled video stand a table of
+all faces in all frames, one of the tracks, and a plot of their emotions over time. stdout has a line for each
+face of a photo and for each video, tab-separated, or JSON Lines, or CSV. Tables of all inputs, and the faces
+cut out, are made on request; a run that was stopped goes on where it was.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
-(where the outputs go), frames (reading videos and cameras), faces, tracks, labels (drawing), outputs (tables,
+(where the outputs go), frames (reading videos and cameras), tracks, labels (drawing), outputs (tables, crops,
 videos, plots, the live window), main.
 
 Usage:
