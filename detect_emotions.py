@@ -1,15 +1,16 @@
 """Find every face in photos and videos, classify its emotion, and write labelled copies, <name>_emotions.
 
 MTCNN (Zhang et al. 2016, https://arxiv.org/abs/1604.02878) finds the faces, the trained gray ResNet
-classifies a square crop of each. In a video the faces are followed from frame to frame, and their
-probabilities are smoothed over time; beside the labelled video stand a table of all faces in all frames, one
-of the tracks, and a plot of their emotions over time. --report shows all of it on one page for a browser.
---blur hides faces before anything that shows pixels sees them. stdout has a line for each face of a photo and
-for each video, tab-separated, or JSON Lines.
+classifies a square crop of each. In a video the faces are followed from frame to frame, known again after a
+while out of sight, and their probabilities are smoothed over time; beside the labelled video stand a table of
+all faces in all frames, one of the tracks, and a plot of their emotions over time. stdout has a line for each
+face of a photo and for each video, tab-separated, or JSON Lines, or CSV. On request there are tables of all
+inputs, the faces cut out, and a page for a browser; a run that was stopped goes on where it was. --blur hides
+faces before anything that shows pixels sees them.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
 (where the outputs go), frames (reading videos and cameras), tracks, privacy (hiding faces), labels (drawing),
-outputs (tables, videos, plots, the live window), report, main.
+outputs (tables, crops, videos, plots, the live window), report, main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
