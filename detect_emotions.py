@@ -14,7 +14,7 @@ outputs (tables, crops, videos, plots, the live window), report, main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
-    python detect_emotions.py holiday --recursive --out-dir runs/holiday --csv runs/holiday/faces.csv
+    python detect_emotions.py holiday --recursive --out-dir runs/hidden --blur all
 """
 
 from __future__ import annotations

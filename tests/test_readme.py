@@ -237,13 +237,17 @@ def test_help_ends_with_two_examples(script, run_script, capsys):
     assert [first.strip(), second.strip()] == EXAMPLES[script]
 
 
-def test_the_python_of_the_readme_gives_the_numbers_of_csv(run, tmp_path, monkeypatch):
+def test_the_python_of_the_readme_gives_the_numbers_of_csv(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    [code] = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    code, of_summary = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     names = {}
     exec(code, names)
-    csv_path = tmp_path / "faces.csv"
-    assert run("resources/sample.jpg", "--out-dir", tmp_path, "--csv", csv_path)[0] == 0
+    csv_path, summary_path = tmp_path / "faces.csv", tmp_path / "summary.csv"
+    tables = ("--csv", csv_path, "--summary", summary_path)
+    assert run("resources/sample.jpg", "--out-dir", tmp_path, *tables)[0] == 0
+    capsys.readouterr()
+    exec(of_summary.replace("runs/holiday/summary.csv", str(summary_path)), {"pandas": pd})
+    assert "resources/sample.jpg    0.5" in capsys.readouterr().out
     table = pd.read_csv(csv_path)
     drawn = names["faces"].to_csv(index=False)
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(drawn)), table)

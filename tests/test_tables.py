@@ -98,7 +98,7 @@ def test_parquet_without_its_package_names_the_remedy_before_the_work(run, album
 
 
 def test_parquet_has_the_numbers_of_the_csv_as_numbers(run, album, tmp_path):
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow", reason="no Parquet; pip install pyarrow")
     for suffix in (".csv", ".parquet"):
         tables = ("--csv", tmp_path / f"t{suffix}", "--summary", tmp_path / f"s{suffix}", "--empty-rows")
         assert run(album, *tables, "--overwrite" if suffix == ".parquet" else "--json")[0] == 0
@@ -116,7 +116,7 @@ def test_table_that_would_replace_an_input_or_another_table_is_refused(run, albu
     for options in (same, ("--summary", album / "a.png")):
         code, out, err = run(album, *options)
         assert (code, out) == (1, "")
-        assert err.startswith(f"error: the table {options[-1]} would overwrite ")
+        assert err.startswith(f"error: --summary {options[-1]} would overwrite ")
     assert {path: path.read_bytes() for path in album.iterdir()} == before
 
 
