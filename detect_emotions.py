@@ -700,11 +700,11 @@ MEMORY = 5  # time constants of smoothing after which a classification no longer
 AHEAD = 1  # time constants that the smoothing of a file looks ahead: 86 % of what is to come
 AHEAD_PIXELS = 2**26  # of the frames that wait for it: 32 of full HD
 # How a face is known again: by a small colour picture of the head, less its mean, of unit length. Of 10,202
-# pairs of two people in three videos and the photos, the most alike had a cosine of 0.797; in the videos 84
-# to 91 % of one person's views, 0.5 to 20 s apart, reach ALIKE, and 99 % ALIKE_HERE. The classifier's
-# embedding tells no people apart: two had 0.989, and 2 % of one person's views reached that.
+# pairs of two people in three videos and the photos, the most alike had a cosine of 0.797, and 0.1 % reach
+# ALIKE_HERE; of one person's views in the videos, 0.5 to 10 s apart, 87 % reach ALIKE, and 96 % ALIKE_HERE.
+# The classifier's embedding tells no people apart: two had 0.989, and 2 % of one person's views reached that.
 VIEW_MARGIN, VIEW_SIZE, VIEW_EVERY, NUM_VIEWS = 1.0, 16, 0.5, 10  # pixels; s
-ALIKE, ALIKE_HERE = 0.82, 0.7  # the latter where the face was lost, in the same shot
+ALIKE, ALIKE_HERE = 0.82, 0.75  # the latter where the face was lost, in the same shot
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -895,22 +895,47 @@ def is_cut(thumbnail: np.ndarray, before: np.ndarray) -> bool:
     return float(np.abs(thumbnail - before).mean()) > CUT
 
 
-def smoothed_faces(
-    frame: Frame,
-    sightings: Sequence[Sighting],
+def sight_faces(
+    frames: Iterator[Frame],
+    tracker: Tracker,
+    finder: shared.FaceFinder,
+    classifier: shared.Classifier,
     *,
-    classes: Sequence[str],
-    smooth: float,
-    unsure: float,
-    is_live: bool,
-) -> tuple[Frame, list[dict]]:
-    """Return a frame with its faces; see `follow_faces`."""
-    faces = []
-    for track, *face in sightings:
-        probs, size = track.smooth(float(frame.time), smooth, not is_live), frame.image.size
-        record = shared.face_record(face, probs, classes, size, unsure=unsure, emotion=track.emotion)
-        faces.append({"track": track.number, **record})
-    return frame, faces
+    every: int,
+    search_every: float,
+    batch_size: int,
+) -> Iterator[tuple[Frame, list[Sighting]]]:
+    """Find, follow and classify the faces of a video; yield each frame once its tracks have its samples."""
+    searched, before = -math.inf, None
+    while batch := list(itertools.islice(frames, batch_size)):
+        cuts, searches = set(), []
+        for frame in batch:
+            small = frame.image.resize(THUMBNAIL, Image.Resampling.NEAREST)
+            thumbnail = np.asarray(small.convert("L"), float)
+            if before is not None and is_cut(thumbnail, before):
+                cuts.add(frame.number)
+            if frame.number in cuts or frame.time - searched >= search_every:
+                searches.append(frame)
+                searched = frame.time
+            before = thumbnail
+        results = finder.find_all([frame.image for frame in searches])
+        found = {frame.number: faces for frame, faces in zip(searches, results, strict=True)}
+
+        seen, asked = [], []
+        for frame in batch:
+            if frame.number in cuts:
+                tracker.forget_places()
+            seen.append(tracker.follow(frame.image, float(frame.time), found.get(frame.number)))
+            is_due = frame.number % every == 0
+            asked.append([each for each in seen[-1] if is_due or not each.track.is_classified])
+            for sighting in asked[-1]:
+                sighting.track.is_classified = True
+        boxes = [np.array([each.box for each in part], np.float32).reshape(-1, 4) for part in asked]
+        answers = classifier.predict_all([frame.image for frame in batch], boxes)
+        for frame, sightings, part, probs in zip(batch, seen, asked, answers, strict=True):
+            for sighting, face_probs in zip(part, probs, strict=True):
+                sighting.track.samples.append((float(frame.time), face_probs.astype(float)))
+            yield frame, sightings
 
 
 def follow_faces(
@@ -940,45 +965,30 @@ def follow_faces(
         batch_size: frames that are searched and classified together.
         is_live: yield a frame at once; else it waits for those that smoothing looks ahead to.
     """
-    tracker, searched, before = Tracker(finder, rejoin), -math.inf, None
-    waiting, ahead = deque(), 0 if is_live else AHEAD * smooth
-    finish = functools.partial(
-        smoothed_faces, classes=classifier.classes, smooth=smooth, unsure=unsure, is_live=is_live
+    sighted = sight_faces(
+        frames,
+        Tracker(finder, rejoin),
+        finder,
+        classifier,
+        every=every,
+        search_every=search_every,
+        batch_size=batch_size,
     )
-    while batch := list(itertools.islice(frames, batch_size)):
-        cuts, searches = set(), []
-        for frame in batch:
-            small = frame.image.resize(THUMBNAIL, Image.Resampling.NEAREST)
-            thumbnail = np.asarray(small.convert("L"), float)
-            if before is not None and is_cut(thumbnail, before):
-                cuts.add(frame.number)
-            if frame.number in cuts or frame.time - searched >= search_every:
-                searches.append(frame)
-                searched = frame.time
-            before = thumbnail
-        results = finder.find_all([frame.image for frame in searches])
-        found = {frame.number: faces for frame, faces in zip(searches, results, strict=True)}
-
-        seen, asked = [], []
-        for frame in batch:
-            if frame.number in cuts:
-                tracker.forget_places()
-            seen.append(tracker.follow(frame.image, float(frame.time), found.get(frame.number)))
-            is_due = frame.number % every == 0
-            asked.append([each for each in seen[-1] if is_due or not each.track.is_classified])
-            for sighting in asked[-1]:
-                sighting.track.is_classified = True
-        boxes = [np.array([each.box for each in part], np.float32).reshape(-1, 4) for part in asked]
-        answers = classifier.predict_all([frame.image for frame in batch], boxes)
-        for frame, sightings, part, probs in zip(batch, seen, asked, answers, strict=True):
-            for sighting, face_probs in zip(part, probs, strict=True):
-                sighting.track.samples.append((float(frame.time), face_probs.astype(float)))
-            waiting.append((frame, sightings))
-            most = AHEAD_PIXELS // (frame.image.width * frame.image.height)
-            while waiting and (frame.time - waiting[0][0].time >= ahead or len(waiting) > most):
-                yield finish(*waiting.popleft())
-    while waiting:
-        yield finish(*waiting.popleft())
+    waiting, ahead = deque(), 0 if is_live else AHEAD * smooth
+    for last in itertools.chain(sighted, [None]):  # at the end nothing waits any longer
+        if last:
+            waiting.append(last)
+            most = AHEAD_PIXELS // (last[0].image.width * last[0].image.height)
+        while waiting and (not last or last[0].time - waiting[0][0].time >= ahead or len(waiting) > most):
+            frame, sightings = waiting.popleft()
+            faces = []
+            for track, *face in sightings:
+                probs, size = track.smooth(float(frame.time), smooth, not is_live), frame.image.size
+                record = shared.face_record(
+                    face, probs, classifier.classes, size, unsure=unsure, emotion=track.emotion
+                )
+                faces.append({"track": track.number, **record})
+            yield frame, faces
 
 
 # --- privacy ---

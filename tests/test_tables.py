@@ -137,6 +137,7 @@ def test_second_run_takes_what_is_done_from_the_journal(run, album, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in made} == made
 
 
+@pytest.mark.slow
 def test_changed_file_or_option_is_done_again(run, album, people, tmp_path):
     table = ("--csv", tmp_path / "t.csv")
     run(album, *table)
