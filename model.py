@@ -2197,7 +2197,7 @@ def train_epoch(
     import torch
 
     train_mode(net)
-    start, seen, total_loss, mean_loss = time.perf_counter(), 0, 0.0, math.nan
+    start, seen, total_loss = time.perf_counter(), 0, 0.0
     title = f"epoch {epoch}/{schedule.epochs}"
     with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
         for step, (inputs, targets) in enumerate(data.train(epoch), start=1):
@@ -2215,13 +2215,14 @@ def train_epoch(
             if averaged:
                 averaged.update_parameters(net)
             total_loss += loss.detach() * len(inputs)
-            if step % LOSS_EVERY == 0 or seen == len(data):  # a GPU has to be waited for
-                mean_loss = float(total_loss) / seen
-                bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-                if not math.isfinite(mean_loss):
-                    message = f"the loss is {mean_loss} in epoch {epoch}; try a lower --lr than {schedule.lr}"
-                    raise ValueError(message)
             bar.update(len(inputs))
+            if step % LOSS_EVERY == 0:  # a GPU has to be waited for
+                bar.set_postfix(loss=f"{float(total_loss) / seen:.4f}", refresh=False)
+                if not math.isfinite(total_loss):
+                    break
+    mean_loss = float(total_loss) / seen
+    if not math.isfinite(mean_loss):
+        raise ValueError(f"the loss is {mean_loss} in epoch {epoch}; try a lower --lr than {schedule.lr}")
     speed = seen / (time.perf_counter() - start)
     return {"epoch": epoch, "lr": lr, "train_loss": mean_loss, "images_per_s": speed}
 
