@@ -65,6 +65,7 @@ except ImportError:  # on Windows, where nothing is locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from types import ModuleType
 
     import pandas as pd
     import torch
@@ -592,13 +593,20 @@ def _torch_engine(blueprint: Blueprint, device: torch.device | str) -> tuple[Cal
     return infer, blueprint.notes
 
 
+def load_openvino() -> ModuleType:
+    """Import OpenVINO, without its telemetry, which would report each import to Google Analytics."""
+    sys.modules.setdefault("openvino_telemetry", None)
+    import openvino
+
+    return openvino
+
+
 def _openvino_engine(
     name: str, key: bytes, build: Callable[[], Blueprint], any_size: bool, fast: bool
 ) -> tuple[Callable, dict] | None:
     """Return the function that runs a network by OpenVINO, and the notes; None where it is not installed."""
-    sys.modules.setdefault("openvino_telemetry", None)  # it would report each import to Google Analytics
     try:
-        import openvino
+        openvino = load_openvino()
     except ImportError:
         return None
     core = openvino.Core()
@@ -665,8 +673,7 @@ def _report_unkept(folder: Path, reason: str) -> None:
 
 def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F821
     """Convert a network to OpenVINO's form, for batches of any length."""
-    import openvino
-
+    openvino = load_openvino()
     if isinstance(blueprint.network, Path):
         return openvino.Core().read_model(blueprint.network)
     height, width, channels = blueprint.example.shape[1:]
@@ -2411,11 +2418,9 @@ def export_network(path: Path, destination: Path) -> None:
             program.model.metadata_props["emotion_detector"] = about
             program.save(folder / "network.onnx", external_data=False)
         else:
-            import openvino
-
             model = _convert(blueprint, any_size=False)
             model.set_rt_info(about, "emotion_detector")
-            openvino.save_model(model, folder / "network.xml", compress_to_fp16=False)
+            load_openvino().save_model(model, folder / "network.xml", compress_to_fp16=False)
         for made in sorted(folder.iterdir()):  # .bin before .xml
             with replacing(destination.with_suffix(made.suffix)) as temporary:
                 shutil.move(made, temporary)
@@ -2427,8 +2432,7 @@ def read_exported(path: Path) -> Blueprint:
     Raises:
         ValueError: it is something else.
     """
-    import openvino
-
+    openvino = load_openvino()
     try:
         model = openvino.Core().read_model(path)
         place = ["framework"] if path.suffix == ".onnx" else []

@@ -1225,3 +1225,12 @@ def test_export_wants_a_name_of_a_known_format(tmp_path, small_model):
     with pytest.raises(SystemExit, match=r"ends in \.onnx or \.xml"):
         detect_emotions.main(["--model", str(small_model), "--export", str(tmp_path / "a.tflite")])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_reports_nothing_to_openvino(tmp_path):
+    code = (
+        "import sys, model; from pathlib import Path; model.export_network(*map(Path, sys.argv[1:]))\n"
+        "assert 'openvino' in sys.modules and sys.modules['openvino_telemetry'] is None"
+    )
+    command = [sys.executable, "-c", code, str(shared.DEFAULT_MODEL), str(tmp_path / "emotion.xml")]
+    subprocess.run(command, check=True, cwd=ROOT)
