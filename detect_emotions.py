@@ -140,6 +140,7 @@ class Source(NamedTuple):
     kind: str  # "photo", "video" or "camera"
     folder: Path | None  # for its outputs
     is_named: bool = True  # on the command line, not found in a folder or by a pattern
+    device: str | None = None  # of a camera: its number, or a stream's address
 
 
 def path_kind(path: Path) -> str | None:
@@ -266,6 +267,25 @@ def is_own(path: Path) -> bool:
 
 
 # --- plan ---
+
+
+class Kit(NamedTuple):
+    """What labels faces, and how."""
+
+    finder: shared.FaceFinder
+    classifier: shared.Classifier
+    colors: dict[str, str]  # of all that a label may be
+    font_path: Path | None = None
+    unsure: float = 0.0  # see `model.face_record`
+    hidden: Collection[str] = ()  # labels whose faces no picture may show
+    has_labels: bool = True  # else nothing is drawn
+    overwrite: bool = False  # files that do not say that this script wrote them
+    start: float = 0.0  # s, of what is labelled of a video
+    end: float = math.inf
+    every: int = 3  # frames, from one in which a video's faces are classified to the next, new ones apart
+    search_every: float = 0.3  # s, from a search of the whole frame to the next; there is one at cuts too
+    smooth: float = 0.5  # s, time constant of a video's probabilities; 0: they are not smoothed
+    rejoin: float = 30.0  # s, within which a face that comes back gets its number back
 
 
 def name_outputs(source: Source, base: str, has_copies: bool) -> dict[str, Path]:
@@ -895,18 +915,9 @@ def is_cut(thumbnail: np.ndarray, before: np.ndarray) -> bool:
     return float(np.abs(thumbnail - before).mean()) > CUT
 
 
-def sight_faces(
-    frames: Iterator[Frame],
-    tracker: Tracker,
-    finder: shared.FaceFinder,
-    classifier: shared.Classifier,
-    *,
-    every: int,
-    search_every: float,
-    batch_size: int,
-) -> Iterator[tuple[Frame, list[Sighting]]]:
+def sight_faces(frames: Iterator[Frame], kit: Kit, batch_size: int) -> Iterator[tuple[Frame, list[Sighting]]]:
     """Find, follow and classify the faces of a video; yield each frame once its tracks have its samples."""
-    searched, before = -math.inf, None
+    tracker, searched, before = Tracker(kit.finder, kit.rejoin), -math.inf, None
     while batch := list(itertools.islice(frames, batch_size)):
         cuts, searches = set(), []
         for frame in batch:
@@ -914,11 +925,11 @@ def sight_faces(
             thumbnail = np.asarray(small.convert("L"), float)
             if before is not None and is_cut(thumbnail, before):
                 cuts.add(frame.number)
-            if frame.number in cuts or frame.time - searched >= search_every:
+            if frame.number in cuts or frame.time - searched >= kit.search_every:
                 searches.append(frame)
                 searched = frame.time
             before = thumbnail
-        results = finder.find_all([frame.image for frame in searches])
+        results = kit.finder.find_all([frame.image for frame in searches])
         found = {frame.number: faces for frame, faces in zip(searches, results, strict=True)}
 
         seen, asked = [], []
@@ -926,12 +937,12 @@ def sight_faces(
             if frame.number in cuts:
                 tracker.forget_places()
             seen.append(tracker.follow(frame.image, float(frame.time), found.get(frame.number)))
-            is_due = frame.number % every == 0
+            is_due = frame.number % kit.every == 0
             asked.append([each for each in seen[-1] if is_due or not each.track.is_classified])
             for sighting in asked[-1]:
                 sighting.track.is_classified = True
         boxes = [np.array([each.box for each in part], np.float32).reshape(-1, 4) for part in asked]
-        answers = classifier.predict_all([frame.image for frame in batch], boxes)
+        answers = kit.classifier.predict_all([frame.image for frame in batch], boxes)
         for frame, sightings, part, probs in zip(batch, seen, asked, answers, strict=True):
             for sighting, face_probs in zip(part, probs, strict=True):
                 sighting.track.samples.append((float(frame.time), face_probs.astype(float)))
@@ -939,17 +950,7 @@ def sight_faces(
 
 
 def follow_faces(
-    frames: Iterator[Frame],
-    finder: shared.FaceFinder,
-    classifier: shared.Classifier,
-    *,
-    every: int,
-    search_every: float,
-    smooth: float,
-    rejoin: float,
-    unsure: float,
-    batch_size: int,
-    is_live: bool,
+    frames: Iterator[Frame], kit: Kit, *, batch_size: int, is_live: bool
 ) -> Iterator[tuple[Frame, list[dict]]]:
     """Find, follow and classify the faces of a video; yield each frame with its faces, by track number.
 
@@ -957,25 +958,11 @@ def follow_faces(
 
     Args:
         frames: all of one size.
-        every: classify each face in every so many frames, and when it is new.
-        search_every: s from a search of the whole frame to the next; there is one at cuts too.
-        smooth: time constant, s; 0: do not smooth.
-        rejoin: s within which a face that comes back gets its number back.
-        unsure: see `model.face_record`.
         batch_size: frames that are searched and classified together.
         is_live: yield a frame at once; else it waits for those that smoothing looks ahead to.
     """
-    sighted = sight_faces(
-        frames,
-        Tracker(finder, rejoin),
-        finder,
-        classifier,
-        every=every,
-        search_every=search_every,
-        batch_size=batch_size,
-    )
-    waiting, ahead = deque(), 0 if is_live else AHEAD * smooth
-    for last in itertools.chain(sighted, [None]):  # at the end nothing waits any longer
+    waiting, ahead = deque(), 0 if is_live else AHEAD * kit.smooth
+    for last in itertools.chain(sight_faces(frames, kit, batch_size), [None]):  # at the end nothing waits
         if last:
             waiting.append(last)
             most = AHEAD_PIXELS // (last[0].image.width * last[0].image.height)
@@ -983,9 +970,9 @@ def follow_faces(
             frame, sightings = waiting.popleft()
             faces = []
             for track, *face in sightings:
-                probs, size = track.smooth(float(frame.time), smooth, not is_live), frame.image.size
+                probs, size = track.smooth(float(frame.time), kit.smooth, not is_live), frame.image.size
                 record = shared.face_record(
-                    face, probs, classifier.classes, size, unsure=unsure, emotion=track.emotion
+                    face, probs, kit.classifier.classes, size, unsure=kit.unsure, emotion=track.emotion
                 )
                 faces.append({"track": track.number, **record})
             yield frame, faces
@@ -1729,6 +1716,11 @@ class Summary:
             figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
 
 
+def new_summary(kit: Kit) -> Summary:
+    """Return an empty summary of one input."""
+    return Summary(kit.classifier.classes, list(kit.colors))
+
+
 def fits_mp4(source: av.AudioStream) -> bool:
     """Return whether a stream can be copied to MP4, which takes no MP3 below 16 kHz and nothing unknown."""
     av = load_av()
@@ -1881,18 +1873,6 @@ class Window:
 # --- report ---
 
 
-class Kit(NamedTuple):
-    """What labels faces."""
-
-    finder: shared.FaceFinder
-    classifier: shared.Classifier
-    colors: dict[str, str]  # of all that a label may be
-    font_path: Path | None
-    unsure: float  # see `model.face_record`
-    hidden: Collection[str]  # labels whose faces no picture may show
-    has_labels: bool  # else nothing is drawn
-
-
 POSTER_SIZE = 880  # pixels, of the longer side of a picture in the report
 NUM_COLUMNS = 160  # of a track's timeline there
 
@@ -1996,26 +1976,43 @@ class Results:
     def __init__(
         self,
         style: str,
-        tables: dict[str, Table],
+        paths: dict[str, Path],
         sources: Sequence[Source],
+        settings: dict,
         *,
-        report_path: Path | None,
+        is_anew: bool,
         overwrite: bool,
         keep_empty: bool,
     ):
-        """Begin; `sources` are all, for `overwrite` see `check_replaceable`, for `keep_empty` `face_rows`."""
+        """Find out what there is already.
+
+        Args:
+            style: see above.
+            paths: of the files, by option.
+            sources, settings, is_anew: see `Table`.
+            overwrite: see `check_replaceable`.
+            keep_empty: see `model.face_rows`.
+
+        Raises:
+            ValueError: as `Table`.
+        """
+        self.style, self._keep_empty, self._report_path = style, keep_empty, paths.get("--report")
         self.failures: dict[Source, str] = {}
-        self._report_path = report_path
-        self.style, self.tables, self.keep_empty = style, tables, keep_empty
-        self._crops = Crops(tables["--save-crops"], sources, overwrite) if "--save-crops" in tables else None
+        self.tables = {
+            option: Table(path, settings, sources, is_anew)
+            for option, path in paths.items()
+            if option != "--report"
+        }
+        self._crops = None
+        if "--save-crops" in self.tables:
+            self._crops = Crops(self.tables["--save-crops"], sources, overwrite)
 
     @contextmanager
     def writing(self, kit: Kit, model_path: Path, todo: Sequence[Source]) -> Iterator[None]:
         """Let the block add the results of what is to do; write tables and report once it ends well."""
-        faces = shared.table_columns(kit.classifier.classes)
+        faces, self._kit = shared.table_columns(kit.classifier.classes), kit
         columns = {"--csv": faces, "--summary": summary_columns(list(kit.colors))}
         columns["--save-crops"] = Crops.columns
-        self._num_columns, self._margin = len(faces), kit.classifier.crop_margin
         with ExitStack() as stack:
             for option, table in self.tables.items():
                 stack.enter_context(table.writing(columns[option], todo))
@@ -2032,25 +2029,42 @@ class Results:
         if self._crops:
             self._crops.begin()
 
-    def add(self, record: dict, image: Image.Image) -> None:
-        """Add a photo or a frame of a video, as it may be shown, with the record that --json prints."""
+    def add(self, record: dict, image: Image.Image) -> list[list]:
+        """Add a photo or a frame of a video, as it may be shown; return its rows of --csv.
+
+        Args:
+            record: what --json prints.
+        """
         print_record(record, self.style)
-        rows = shared.face_rows(record, self.keep_empty)
+        rows = shared.face_rows(record, self._keep_empty)
         if self.style == "csv":
-            print_rows(rows, self._num_columns)
+            print_rows(rows, len(shared.table_columns(self._kit.classifier.classes)))
         elif "--csv" in self.tables:
             self.tables["--csv"].add(rows)
         if self._crops:
-            self._crops.add(record, image, self._margin)
-        if self._report and "frame" not in record:
-            self._report.add_photo(record, image)
+            self._crops.add(record, image, self._kit.classifier.crop_margin)
+        return rows
 
-    def finish(self, source: Source, outputs: dict[str, Path], summary: Summary) -> None:
-        """Take in that an input is done."""
-        if self._report and source.kind != "photo":
+    def finish_photo(self, source: Source, record: dict, image: Image.Image) -> None:
+        """Add a photo, as `add` does, and take in that it is done."""
+        self.add(record, image)
+        if self._report:
+            self._report.add_photo(record, image)
+        summary = new_summary(self._kit)
+        if "--summary" in self.tables:
+            summary.add(
+                Frame(0, Fraction(0), Fraction(1), image), [{"track": 0, **face} for face in record["faces"]]
+            )
+        self._finish(source, summary)
+
+    def finish_video(self, source: Source, outputs: dict[str, Path], summary: Summary) -> None:
+        """Take in that a video, whose frames were added, is done."""
+        if self._report:
             self._report.add_video(source.path, outputs.get("video"), summary)
-        if source.kind != "photo":
-            summary.print_line(source.path, self.style)
+        summary.print_line(source.path, self.style)
+        self._finish(source, summary)
+
+    def _finish(self, source: Source, summary: Summary) -> None:
         if "--summary" in self.tables:
             name = str(source.path)
             self.tables["--summary"].add(summary.rows(name) or [[name, None, 0]])
@@ -2060,20 +2074,49 @@ class Results:
 
 # --- main ---
 
+LARGE = 2**25  # pixels; of photos that large one is worked on at a time, for each takes half a gigabyte
 
-def label_photo(path: Path, copy: Path | None, kit: Kit, results: Results) -> Summary:
-    """Write a photo's labelled copy, if it is to have one, and add it to the results."""
+
+def label_photo(path: Path, copy: Path | None, kit: Kit) -> tuple[dict, Image.Image]:
+    """Write a photo's labelled copy, if it is to have one; return its record, and it as it may be shown."""
+    check_replaceable([copy] if copy else [], kit.overwrite)
     image = shared.open_picture(path)
     faces = shared.label_faces(image, kit.finder, kit.classifier, kit.unsure)
     if kit.hidden:
         image = hide_heads(image, [face["box"] for face in faces if face["emotion"] in kit.hidden])
     if copy:
-        labelled = draw_faces(image, faces, kit.colors, kit.font_path) if kit.has_labels else image
-        save_image(labelled, copy)
-    results.add({"file": str(path), "width": image.width, "height": image.height, "faces": faces}, image)
-    summary = Summary(kit.classifier.classes, list(kit.colors))
-    summary.add(Frame(0, Fraction(0), Fraction(1), image), [{"track": 0, **face} for face in faces])
-    return summary
+        save_image(draw_faces(image, faces, kit.colors, kit.font_path) if kit.has_labels else image, copy)
+    return {"file": str(path), "width": image.width, "height": image.height, "faces": faces}, image
+
+
+def is_large(path: Path) -> bool:
+    """Return whether a photo has more than LARGE pixels."""
+    with suppress(*shared.PILLOW_ERRORS), Image.open(path, formats=shared.FORMATS) as image:
+        return image.width * image.height > LARGE
+    return False
+
+
+def label_ahead(
+    plan: dict[Source, dict[str, Path]], kit: Kit, num_threads: int
+) -> Iterator[tuple[Source, dict[str, Path], Callable[[], tuple[dict, Image.Image]]]]:
+    """Label photos in threads, up to `num_threads` ahead of the reader, but large ones when it is their turn.
+
+    Yields, in the order of the plan:
+        A source, its outputs and, for a photo, what returns the result of `label_photo` or raises its error.
+    """
+    pool, waiting = ThreadPoolExecutor(num_threads), deque()
+    try:
+        for source, outputs in plan.items():
+            label = functools.partial(label_photo, source.path, outputs.get("copy"), kit)
+            if source.kind == "photo" and not is_large(source.path):
+                label = pool.submit(label).result
+            waiting.append((source, outputs, label))
+            if len(waiting) > num_threads:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -2093,8 +2136,6 @@ def label_video(
     video: Video | Camera,
     outputs: dict[str, Path],
     kit: Kit,
-    *,
-    follow: Callable[..., Iterator[tuple[Frame, list[dict]]]],
     results: Results,
     window: Window | None,
 ) -> Summary:
@@ -2104,7 +2145,6 @@ def label_video(
         video: opened.
         outputs: of `name_outputs`.
         kit: what labels faces.
-        follow: `follow_faces` with all but frames, batch_size and is_live.
         results: get each frame.
         window: shows the frames; once it is left, the video ends.
 
@@ -2112,7 +2152,7 @@ def label_video(
         ValueError: no frame could be read.
         OSError: an output could not be written.
     """
-    summary, drawn, writer = Summary(kit.classifier.classes, list(kit.colors)), {}, None
+    summary, drawn, writer = new_summary(kit), {}, None
     with ExitStack() as stack:
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
         stack.enter_context(writing_outputs(video.name))
@@ -2121,7 +2161,7 @@ def label_video(
         write_rows(table, [columns], len(columns))
         ahead = video.batch_size
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
-        faces_of = follow(frames, batch_size=ahead, is_live=video.path is None)
+        faces_of = follow_faces(frames, kit, batch_size=ahead, is_live=video.path is None)
         followed = stack.enter_context(closing(in_background(faces_of, ahead)))
         if kit.hidden:  # from here on no picture shows them
             followed = hide_in_frames(followed, kit.hidden, HIDDEN_AROUND if video.path else 0)
@@ -2131,8 +2171,7 @@ def label_video(
             about = {"file": video.name, "width": frame.image.width, "height": frame.image.height}
             about |= {"frame": frame.number, "time": round(float(frame.time), 4)}
             record = {**about, "faces": faces}
-            write_rows(table, shared.face_rows(record, results.keep_empty), len(columns))
-            results.add(record, frame.image)
+            write_rows(table, results.add(record, frame.image), len(columns))
             image = frame.image
             if kit.has_labels and ("video" in parts or window):
                 image = draw_faces(image, faces, kit.colors, kit.font_path, drawn)
@@ -2152,7 +2191,7 @@ def label_video(
     return summary
 
 
-def load_classifier(path: Path, device: str, emotions: Sequence[str]) -> shared.Classifier:
+def load_classifier(path: Path, device: str, emotions: Sequence[str], num_threads: int) -> shared.Classifier:
     """Read the model of --model, to tell --emotions apart.
 
     Raises:
@@ -2161,7 +2200,7 @@ def load_classifier(path: Path, device: str, emotions: Sequence[str]) -> shared.
     if swallowed := [name for name in emotions if Path(name).exists()]:
         classes = ", ".join(shared.Classifier(path, device, ["all"]).classes)
         raise ValueError(f"{swallowed[0]} is no emotion, of {classes}; put INPUT before --emotions")
-    return shared.Classifier(path, device, emotions)
+    return shared.Classifier(path, device, emotions, num_threads)
 
 
 def describe_version(model_path: Path) -> str:
@@ -2289,13 +2328,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.inputs or args.camera is not None or args.version or args.export):
         parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
-    if args.version or args.export:
-        if args.version:
-            print(describe_version(args.model))
-        if args.export:
-            shared.export_network(args.model, args.export)
-            print(shared.printable(f"wrote {args.export}"))
-        sys.exit()
     if args.start >= args.end:
         parser.error("--start must come before --end")
     if args.summary == STDOUT:
@@ -2320,13 +2352,76 @@ def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
         tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)
 
 
+def label_all(
+    plan: dict[Source, dict[str, Path]], kit: Kit, results: Results, window: Window | None, num_threads: int
+) -> None:
+    """Label what is planned, photos in so many threads, and add it to the results."""
+    with closing(label_ahead(plan, kit, num_threads)) as labelled:
+        for source, outputs, label in tqdm(
+            labelled, total=len(plan), unit="file", disable=None if len(plan) > 1 else True
+        ):
+            results.begin()
+            with surviving(source, results.failures):
+                if source.kind == "photo":
+                    results.finish_photo(source, *label())
+                    continue
+                check_replaceable(outputs.values(), kit.overwrite)
+                opened = Camera if source.device else Video
+                with closing(opened(source.device or source.path, kit.start, kit.end)) as video:
+                    summary = label_video(video, outputs, kit, results, window)
+                results.finish_video(source, outputs, summary)
+                if video.lost:
+                    raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
+            if window and window.is_left:
+                break
+
+
+def build_kit(args: argparse.Namespace, num_threads: int) -> Kit:
+    """Load what the options ask for; `num_threads` will use it at once.
+
+    Raises:
+        ValueError: an option or its file is wrong.
+    """
+    device = shared.find_device(args.device)
+    classifier = load_classifier(args.model, device, args.emotions, num_threads)
+    colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
+    hidden, search_every = labels_to_hide(args.blur, colors), args.search_every
+    if hidden:
+        search_every = min(search_every, 0 if args.camera is not None else HIDDEN_AROUND)
+    finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob, num_threads)
+    report_letters(colors, load_font(args.font, MIN_FONT_SIZE))  # a wrong font is refused before the work
+    return Kit(
+        finder=finder,
+        classifier=classifier,
+        colors=colors,
+        font_path=args.font,
+        unsure=args.unsure,
+        hidden=hidden,
+        has_labels=not args.no_labels,
+        overwrite=args.overwrite,
+        start=args.start,
+        end=args.end,
+        every=args.every,
+        search_every=search_every,
+        smooth=args.smooth,
+        rejoin=args.rejoin,
+    )
+
+
 @shared.one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Label what the command line names; exit with 1 if one of them could not be, or only in part."""
     args, left_out = parse_args(argv), Counter()
+    if args.version:
+        print(describe_version(args.model))
+    if args.export:
+        shared.export_network(args.model, args.export)
+        print(shared.printable(f"wrote {args.export}"))
+    if args.version or args.export:
+        return
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
-        sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir))
+        sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir, device=args.camera))
     style = "json" if args.json else "csv" if args.csv == STDOUT else "text"
     paths = {"--csv": args.csv, "--summary": args.summary, "--report": args.report}
     paths["--save-crops"] = args.save_crops and args.save_crops / "crops.csv"
@@ -2334,61 +2429,27 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_outputs(sources, not args.no_copies, paths, left_out)
     settings = {name: getattr(args, name) for name in ROW_OPTIONS}
     settings["model"] = args.model.is_file() and shared.file_digest(args.model)
-    is_whole = bool(args.overwrite or style != "text" or args.blur or args.report)  # these are of all inputs
-    tables = {
-        option: Table(path, settings, list(plan), is_whole)
-        for option, path in paths.items()
-        if option != "--report"
-    }
+    is_anew = bool(args.overwrite or style != "text" or args.blur or args.report)  # these are of all inputs
     results = Results(
         style,
-        tables,
+        paths,
         list(plan),
-        report_path=args.report,
+        settings,
+        is_anew=is_anew,
         overwrite=args.overwrite,
         keep_empty=args.empty_rows,
     )
-    if not is_whole:
-        plan = leave_out_finished(plan, list(tables.values()), left_out)
-    check_outputs(plan, [*paths.values(), *(table.journal for table in tables.values())], args.overwrite)
+    tables = list(results.tables.values())
+    if not is_anew:
+        plan = leave_out_finished(plan, tables, left_out)
+    check_outputs(plan, [*paths.values(), *(table.journal for table in tables)], args.overwrite)
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
-    device = shared.find_device(args.device)
-    classifier = load_classifier(args.model, device, args.emotions)
-    colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
-    hidden = labels_to_hide(args.blur, colors)
-    most = 0 if args.camera is not None else HIDDEN_AROUND  # s between searches, where there is no look ahead
-    finder = shared.FaceFinder(device, args.min_face_size, args.min_face_prob)
-    kit = Kit(finder, classifier, colors, args.font, args.unsure, hidden, not args.no_labels)
-    report_letters(colors, load_font(args.font, MIN_FONT_SIZE))  # a wrong font is refused before the work
-    follow = functools.partial(
-        follow_faces,
-        finder=finder,
-        classifier=classifier,
-        every=args.every,
-        search_every=min(args.search_every, most) if hidden else args.search_every,
-        smooth=args.smooth,
-        rejoin=args.rejoin,
-        unsure=args.unsure,
-    )
-
+    # A thread more than there are cores, for a photo that is being read or written.
+    num_threads = shared.num_cores() + 1 if len(plan) > 1 and not window else 1
+    kit = build_kit(args, num_threads)
     with results.writing(kit, args.model, list(plan)):
-        for source, outputs in tqdm(plan.items(), unit="file", disable=None if len(plan) > 1 else True):
-            results.begin()
-            with surviving(source, results.failures):
-                check_replaceable(outputs.values(), args.overwrite)
-                if source.kind == "photo":
-                    summary = label_photo(source.path, outputs.get("copy"), kit, results)
-                    results.finish(source, outputs, summary)
-                    continue
-                kind, name = (Camera, args.camera) if source.kind == "camera" else (Video, source.path)
-                with closing(kind(name, args.start, args.end)) as video:
-                    summary = label_video(video, outputs, kit, follow=follow, results=results, window=window)
-                results.finish(source, outputs, summary)
-                if video.lost:
-                    raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
-            if window and window.is_left:
-                break
+        label_all(plan, kit, results, window, num_threads)
     left_out["failed, see above"] += sum(not source.is_named for source in results.failures)
     if +left_out:
         print(in_words(left_out), file=sys.stderr)

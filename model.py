@@ -366,9 +366,15 @@ def read_table(
     return rows
 
 
+def num_cores() -> int:
+    """Return on how many cores this process may work: with torchrun, its share of the machine's."""
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
+    return ThreadPoolExecutor(num_cores())
 
 
 # --- pictures ---
@@ -462,7 +468,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 # --- engine ---
 
-MAX_BATCH = 32  # images that an engine takes at once; larger batches are no faster on two cores
+# How many images an engine takes at once, filled up to one of these: OpenVINO prepares for each shape that it
+# meets. Batches of more are no faster on two cores.
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CACHE_DAYS = 30  # chosen here; each change of weights or versions leaves up to 200 MB behind
 CACHED = re.compile(r"(pnet|rnet|onet|classifier)-[0-9a-f]{16}(\.bin)?")  # .bin: of earlier versions
 
@@ -548,6 +556,7 @@ class Engine:
         *,
         any_size: bool = False,
         fast: bool = False,
+        num_threads: int = 1,
     ):
         """Compile a network, or find it compiled.
 
@@ -558,9 +567,11 @@ class Engine:
             device: where it runs.
             any_size: H and W may vary from call to call.
             fast: use bfloat16 on a CPU that is fast at it.
+            num_threads: that will call it at the same time; on a CPU each call then gets a core.
         """
         self._pads = not any_size
-        made = _openvino_engine(name, key, build, any_size, fast) if str(device) == "cpu" else None
+        how = {"any_size": any_size, "fast": fast, "num_threads": num_threads}
+        made = _openvino_engine(name, key, build, **how) if str(device) == "cpu" else None
         self._infer, self.notes = made or _torch_engine(build(), device)
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
@@ -568,10 +579,9 @@ class Engine:
         if not self._pads:
             return self._infer(images)
         parts = []
-        for start in range(0, max(len(images), 1), MAX_BATCH):
-            batch = images[start : start + MAX_BATCH]
-            # OpenVINO prepares for each shape that it meets, so there are few: 1, 2, 4 ... MAX_BATCH.
-            length = 1 << max(len(batch) - 1, 0).bit_length()
+        for start in range(0, max(len(images), 1), BATCH_SIZES[-1]):
+            batch = images[start : start + BATCH_SIZES[-1]]
+            length = next(size for size in BATCH_SIZES if size >= len(batch))
             padding = np.zeros((length - len(batch), *batch.shape[1:]), batch.dtype)
             parts.append([output[: len(batch)] for output in self._infer(np.concatenate([batch, padding]))])
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
@@ -602,7 +612,7 @@ def load_openvino() -> ModuleType:
 
 
 def _openvino_engine(
-    name: str, key: bytes, build: Callable[[], Blueprint], any_size: bool, fast: bool
+    name: str, key: bytes, build: Callable[[], Blueprint], *, any_size: bool, fast: bool, num_threads: int
 ) -> tuple[Callable, dict] | None:
     """Return the function that runs a network by OpenVINO, and the notes; None where it is not installed."""
     try:
@@ -611,7 +621,8 @@ def _openvino_engine(
         return None
     core = openvino.Core()
     fast = fast and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if fast else "f32"}
+    options = {"INFERENCE_NUM_THREADS": num_cores(), "NUM_STREAMS": min(num_threads, num_cores())}
+    options["INFERENCE_PRECISION_HINT"] = "bf16" if fast else "f32"
     key = repr((openvino.__version__, any_size)).encode() + Path(__file__).read_bytes() + key
     digest = hashlib.sha256(key).hexdigest()
     folder = cache_dir() / f"{name}-{digest[:16]}"
@@ -643,11 +654,12 @@ def _openvino_engine(
             compiled = core.compile_model(model, "CPU", options)
     with contextlib.suppress(OSError):
         os.utime(folder)  # it is in use
-    request, lock = compiled.create_infer_request(), threading.Lock()
+    requests = threading.local()  # a request takes one thread at a time
 
     def infer(images: np.ndarray) -> list[np.ndarray]:
-        with lock:  # a request takes one thread at a time
-            return list(request.infer([np.ascontiguousarray(images)], share_inputs=True).values())
+        if not hasattr(requests, "own"):
+            requests.own = compiled.create_infer_request()
+        return list(requests.own.infer([np.ascontiguousarray(images)], share_inputs=True).values())
 
     return infer, notes
 
@@ -743,6 +755,7 @@ class FaceFinder:
         device: torch.device | str = "cpu",
         min_face_size: float = MIN_FACE_SIZE,
         min_prob: float = 0.9,
+        num_threads: int = 1,
     ):
         """Load the networks.
 
@@ -751,6 +764,7 @@ class FaceFinder:
             min_face_size: the smallest face to look for, 12 pixels or more; or below 1, a share of the
                 image's shorter side, which never means less than MIN_FACE_PIXELS.
             min_prob: how sure ONet must be of a face; it drops those below 0.7 anyway.
+            num_threads: see `Engine`.
 
         Raises:
             ValueError: `min_face_size` is neither.
@@ -761,9 +775,9 @@ class FaceFinder:
             )
         self.min_face_size = min_face_size
         self.min_prob = min_prob
-        self._pnet = _mtcnn_engine("PNet", None, device)
-        self._rnet = _mtcnn_engine("RNet", RNET_SIZE, device)
-        self._onet = _mtcnn_engine("ONet", ONET_SIZE, device)
+        self._pnet = _mtcnn_engine("PNet", None, device, num_threads)
+        self._rnet = _mtcnn_engine("RNet", RNET_SIZE, device, num_threads)
+        self._onet = _mtcnn_engine("ONet", ONET_SIZE, device, num_threads)
 
     def find(self, image: Image.Image) -> Faces:
         """Find the faces of an RGB image that are at least `min_prob` sure, the surest first.
@@ -850,7 +864,7 @@ class FaceFinder:
         return Faces(_shifted(boxes, shifts), probs[:, 1], landmarks)
 
 
-def _mtcnn_engine(name: str, size: int | None, device: torch.device | str) -> Engine:
+def _mtcnn_engine(name: str, size: int | None, device: torch.device | str, num_threads: int) -> Engine:
     """Load PNet, RNet or ONet, for square images of `size` pixels or, without, images of any size."""
     package = Path(importlib.util.find_spec("facenet_pytorch").origin).parent  # imported only if need be
 
@@ -863,7 +877,8 @@ def _mtcnn_engine(name: str, size: int | None, device: torch.device | str) -> En
 
     key = (package / "data" / f"{name.lower()}.pt").read_bytes()
     is_fast = name != "ONet"  # which has the last word on a few faces; the others only propose
-    return Engine(name.lower(), key, build, device, any_size=size is None, fast=is_fast)
+    any_size = size is None
+    return Engine(name.lower(), key, build, device, any_size=any_size, fast=is_fast, num_threads=num_threads)
 
 
 def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[np.ndarray]]:
@@ -2456,12 +2471,15 @@ class Classifier:
         temperature: of the softmax.
     """
 
-    def __init__(self, path: Path, device: torch.device | str, emotions: Sequence[str] = ()):
+    def __init__(
+        self, path: Path, device: torch.device | str, emotions: Sequence[str] = (), num_threads: int = 1
+    ):
         """Read a checkpoint of finetune_fer.py or finetune_emotion.py, or what `export_network` wrote.
 
         Args:
             emotions: which of the classes that it learned it is to tell apart, two or more; ("all",) for
                 all of them, () for those that its training made the default.
+            num_threads: see `Engine`.
 
         Raises:
             FileNotFoundError, ValueError: as `load_checkpoint`, or it has not learned one of `emotions`.
@@ -2470,7 +2488,7 @@ class Classifier:
         files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
         key = "".join(map(file_digest, filter(Path.is_file, files)))  # no file: `draw_up` says what is wrong
         build = functools.partial(read_exported if is_exported else draw_up, path)
-        self._engine = Engine("classifier", key.encode(), build, device, fast=True)
+        self._engine = Engine("classifier", key.encode(), build, device, fast=True, num_threads=num_threads)
         notes = self._engine.notes
         self._path, self._notes = path, notes
         self.default_classes = tuple(notes["default_classes"])

@@ -29,6 +29,7 @@ from detect_emotions import (
     NUM_BINS,
     NUM_PICTURED,
     Frame,
+    Kit,
     Summary,
     Track,
     Tracker,
@@ -1082,10 +1083,9 @@ def test_label_of_a_file_changes_when_the_face_does_and_of_a_camera_later(is_liv
             color = "gray" if i < 50 else (120, 120, 120)
             yield Frame(i, Fraction(i, 25), Fraction(1, 25), Image.new("RGB", SIZE, color))
 
-    classifier = FixedClassifier()
-    how = {"every": 1, "search_every": 0, "smooth": 0.5, "rejoin": 0, "unsure": 0, "batch_size": 4}
+    kit = Kit(OneFace(), FixedClassifier(), {}, every=1, search_every=0, rejoin=0)
     labels = []
-    for frame, faces in follow_faces(frames(), OneFace(), classifier, **how, is_live=is_live):
+    for frame, faces in follow_faces(frames(), kit, batch_size=4, is_live=is_live):
         labels.append(faces[0]["emotion"])
         assert len(read) - frame.number <= (4 if is_live else 4 + 13)  # it looks ahead half a second
     change = labels.index("sad") / 25 - 2

@@ -222,7 +222,7 @@ def test_engine_runs_more_than_a_batch_and_none():
         "small", b"seed 0", lambda: shared.Blueprint(Small(), example, {"name": "small"}), "cpu"
     )
     assert engine.notes["name"] == "small"
-    crops = np.random.default_rng(0).integers(0, 256, (2 * shared.MAX_BATCH + 5, 24, 24, 3), np.uint8)
+    crops = np.random.default_rng(0).integers(0, 256, (2 * shared.BATCH_SIZES[-1] + 5, 24, 24, 3), np.uint8)
     shifts, probs = engine(crops)
     one_by_one = [engine(crop[None]) for crop in crops]
     np.testing.assert_allclose(shifts, np.concatenate([shift for shift, _ in one_by_one]), atol=1e-5)

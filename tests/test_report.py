@@ -144,7 +144,7 @@ def test_report_on_a_full_disk_is_one_line_and_leaves_the_earlier_one(run, tmp_p
 @pytest.fixture
 def crowd(finder, classifier, tmp_path):
     """Write the report of 2,000 faces in 50 photos."""
-    kit = Kit(finder, classifier, class_colors(classifier.classes), None, 0, set(), True)
+    kit = Kit(finder, classifier, class_colors(classifier.classes))
     rng = np.random.default_rng(0)
     with (
         Image.open(SAMPLE) as image,
