@@ -45,7 +45,7 @@ import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -82,6 +82,7 @@ KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # cop
 # An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
 MARK = "Emotion detector, detect_emotions.py"
 TABLES = (b"file,face,", b"file,track,", b"file,frame,track,", b"frame,time,track,", b"track,first,last,")
+VIDEO_WORK = 20  # times as much as a photo of as many bytes
 MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
 REPORT_PAGE = shared.RESOURCES / "report.html"
@@ -388,6 +389,23 @@ def leave_out_finished(
     left = {source: plan[source] for source in plan if source in is_asked or not is_finished(source)}
     left_out["finished before (--overwrite does it again)"] += len(plan) - len(left)
     return left
+
+
+def share_out(plan: dict[Source, dict[str, Path]], num_shares: int) -> list[dict[Source, dict[str, Path]]]:
+    """Share out a plan so that each share is about as much work; what is most work goes first."""
+
+    def work(source: Source) -> float:
+        with suppress(OSError):
+            return source.path.stat().st_size * (VIDEO_WORK if source.kind == "video" else 1)
+        return 0
+
+    works, loads, owners = {source: work(source) for source in plan}, [0.0] * num_shares, {}
+    for source in sorted(plan, key=works.get, reverse=True):
+        owners[source] = loads.index(min(loads))
+        loads[owners[source]] += works[source]
+    return [
+        {source: plan[source] for source in plan if owners[source] == share} for share in range(num_shares)
+    ]
 
 
 def why_not_writable(path: Path) -> str | None:
@@ -1328,9 +1346,13 @@ class Table:
     The journal of faces.csv is .faces.csv.journal, JSON Lines: first who wrote it and the settings; then, for
     each input, its rows, as lists, and once all are there an object with its `file` and `stamp`, its size
     and time of change. A later run with the same settings takes from it the rows of what has not changed.
+    Where several processes work together, each has a journal, and the first writes the table.
+
+    Attributes:
+        parts: where the rows of finished inputs are: a journal, and first and last byte.
     """
 
-    def __init__(self, path: Path, settings: dict, sources: Sequence[Source], is_anew: bool):
+    def __init__(self, path: Path, settings: dict, sources: Sequence[Source], is_anew: bool, rank: int = 0):
         """Find out what the journal has of the `sources`, in whose order the rows will be.
 
         Args:
@@ -1338,13 +1360,15 @@ class Table:
             settings: on which the rows depend, as JSON.
             sources: all, be they finished or not.
             is_anew: take nothing from the journal.
+            rank: of this process among those that work together.
 
         Raises:
             ValueError: there is no package that writes Parquet.
         """
         if path.suffix.lower() == ".parquet" and not importlib.util.find_spec("pyarrow"):
             raise ValueError(f"{path} needs pyarrow, which is not there; pip install pyarrow, or name a .csv")
-        self.path, self.journal, self._is_anew = path, path.with_name(f".{path.name}.journal"), is_anew
+        self.path, self._is_anew, self._rank = path, is_anew, rank
+        self.journal = path.with_name(f".{path.name}.journal{f'-{rank}' if rank else ''}")
         about = {"written_by": MARK, "format": JOURNAL_FORMAT, **settings}
         self._head = f"{json.dumps(about)}\n".encode()
         self._stamps = {}
@@ -1355,32 +1379,38 @@ class Table:
         self._order = [str(source.path) for source in sources]
         self._read()
 
+    def _journals(self) -> list[Path]:
+        """List this process's journal, and those that others have or had."""
+        others = self.path.parent.glob(f"{glob.escape(f'.{self.path.name}.journal')}*")
+        return sorted({self.journal, *others})
+
     def _read(self) -> None:
-        """Find where in the journal the rows of inputs begin and end, in bytes."""
-        self._parts, self._end = {}, 0
-        damages = (OSError, ValueError, LookupError, TypeError)
-        with suppress(*damages), self.journal.open("rb") as file:
-            if self._is_anew or file.readline() != self._head:
-                return
-            start = end = file.tell()
-            for line in file:
-                end += len(line)
-                if line.startswith(b"{"):
-                    note = json.loads(line)
-                    if note["stamp"] and note["stamp"] == self._stamps.get(note["file"]):
-                        self._parts[note["file"]] = (start, end - len(line))
-                    self._end = start = end
-        if not self._parts:
-            self._end = 0
+        """Find where in the journals the rows of inputs begin and end, in bytes."""
+        self.parts, self._end = {}, 0
+        for journal in [] if self._is_anew else self._journals():
+            damages = (OSError, ValueError, LookupError, TypeError)
+            with suppress(*damages), journal.open("rb") as file:
+                if file.readline() != self._head:
+                    continue
+                start = end = file.tell()
+                for line in file:
+                    end += len(line)
+                    if line.startswith(b"{"):
+                        note = json.loads(line)
+                        if note["stamp"] and note["stamp"] == self._stamps.get(note["file"]):
+                            self.parts[note["file"]] = (journal, start, end - len(line))
+                        start = end
+                        if journal == self.journal:
+                            self._end = end
 
     def has(self, source: Source) -> bool:
-        """Return whether all rows of an input are in the journal."""
-        return str(source.path) in self._parts
+        """Return whether all rows of an input are in a journal."""
+        return str(source.path) in self.parts
 
     def rows(self) -> Iterator[list]:
         """Read the rows of all inputs that have them."""
-        for start, end in [self._parts[name] for name in self._order if name in self._parts]:
-            with self.journal.open("rb") as file:
+        for journal, start, end in [self.parts[name] for name in self._order if name in self.parts]:
+            with journal.open("rb") as file:
                 file.seek(start)
                 while file.tell() < end:
                     yield json.loads(file.readline())
@@ -1393,13 +1423,13 @@ class Table:
             BlockingIOError: another run is at work on it.
             ValueError: another run has just taken its journal away.
         """
-        with shared.only_writer_of(self.path):
-            known = self._parts
+        with nullcontext() if self._rank else shared.only_writer_of(self.path):
+            known = self.parts
             self._read()
-            if not known.items() <= self._parts.items():
+            if not known.items() <= self.parts.items():
                 raise ValueError(f"another run has just begun {self.path} anew; start again")
             for source in todo:
-                self._parts.pop(str(source.path), None)
+                self.parts.pop(str(source.path), None)
             try:
                 if not self._end:
                     with shared.replacing(self.journal) as temporary:
@@ -1407,9 +1437,10 @@ class Table:
                 with self.journal.open("ab") as self._file:
                     self.begin()
                     yield
-                self._write(columns)
+                if not self._rank:
+                    self._write(columns)
             finally:
-                if not self._parts:
+                if not self.parts:
                     self.journal.unlink(missing_ok=True)
 
     def begin(self) -> None:
@@ -1431,7 +1462,7 @@ class Table:
             end = self._file.seek(0, os.SEEK_END)
             self._file.write(f"{json.dumps({'file': name, 'stamp': self._stamps.get(name)})}\n".encode())
             self._file.flush()
-            self._parts[name], self._end = (self._end, end), self._file.tell()
+            self.parts[name], self._end = (self.journal, self._end, end), self._file.tell()
 
     def _write(self, columns: Sequence[str]) -> None:
         with shared.replacing(self.path) as temporary:
@@ -1466,11 +1497,11 @@ def print_record(record: dict, style: str) -> None:
         tqdm.write(f"{file}: no face found", file=sys.stderr)
     with needed("standard output"):
         if style == "json":
-            tqdm.write(json.dumps(record))
+            tqdm.write(f"{json.dumps(record)}\n", end="")  # in one piece, for others may write there too
         elif style == "text" and "frame" not in record:
             for face in record["faces"]:
                 box = ",".join(str(round(value)) for value in face["box"])
-                tqdm.write(f"{file}\t{box}\t{face['emotion']}\t{face['prob']:.2f}")
+                tqdm.write(f"{file}\t{box}\t{face['emotion']}\t{face['prob']:.2f}\n", end="")
         sys.stdout.flush()  # whoever reads a live pipe should not wait
 
 
@@ -1654,7 +1685,7 @@ class Summary:
             counts = f"{len(tracks)} track{'s' * (len(tracks) > 1)}, {float(self.end - self.start):.1f} s"
             name, share = shared.printable(path), seconds[top] / sum(seconds)
             with needed("standard output"):
-                tqdm.write(f"{name}\t{counts}\t{self.labels[top]}\t{share:.2f}")
+                tqdm.write(f"{name}\t{counts}\t{self.labels[top]}\t{share:.2f}\n", end="")
 
     def runs(self, track: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Cut a track where it is out of sight; yield bin edges, s (T + 1,), and mean probs (T + 1, C)."""
@@ -1971,6 +2002,7 @@ class Results:
         style: of standard output: "text", "json" or "csv".
         tables: by option, those of --csv, --summary and --save-crops that are asked for.
         failures: what is wrong with an input, in words.
+        is_first: whether this process, of several that work together, speaks for all.
     """
 
     def __init__(
@@ -1983,13 +2015,14 @@ class Results:
         is_anew: bool,
         overwrite: bool,
         keep_empty: bool,
+        rank: int = 0,
     ):
         """Find out what there is already.
 
         Args:
             style: see above.
             paths: of the files, by option.
-            sources, settings, is_anew: see `Table`.
+            sources, settings, is_anew, rank: see `Table`.
             overwrite: see `check_replaceable`.
             keep_empty: see `model.face_rows`.
 
@@ -1998,8 +2031,9 @@ class Results:
         """
         self.style, self._keep_empty, self._report_path = style, keep_empty, paths.get("--report")
         self.failures: dict[Source, str] = {}
+        self.is_first = not rank
         self.tables = {
-            option: Table(path, settings, sources, is_anew)
+            option: Table(path, settings, sources, is_anew, rank)
             for option, path in paths.items()
             if option != "--report"
         }
@@ -2020,7 +2054,12 @@ class Results:
             self._report = stack.enter_context(page)
             if self.style == "csv":
                 print_rows([faces], len(faces))
+            shared.gather(None)  # before any process writes, the first has the locks
             yield
+            for parts, failures in shared.gather(([t.parts for t in self.tables.values()], self.failures)):
+                self.failures.update(failures)
+                for table, its_parts in zip(self.tables.values(), parts, strict=True):
+                    table.parts.update(its_parts)
 
     def begin(self) -> None:
         """Begin an input."""
@@ -2166,7 +2205,8 @@ def label_video(
         if kit.hidden:  # from here on no picture shows them
             followed = hide_in_frames(followed, kit.hidden, HIDDEN_AROUND if video.path else 0)
         name = shared.printable(video.name)
-        for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=None):
+        is_silent = None if results.is_first else True  # None: unless stderr is a screen
+        for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=is_silent):
             summary.add(frame, faces)
             about = {"file": video.name, "width": frame.image.width, "height": frame.image.height}
             about |= {"frame": frame.number, "time": round(float(frame.time), 4)}
@@ -2337,6 +2377,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_shareable(args: argparse.Namespace) -> None:
+    """Find out whether several processes can do what is asked for together.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    options = {"--camera": args.camera is not None, "--show": args.show, "--json": args.json}
+    options |= {"--csv -": args.csv == STDOUT, "--report": args.report, "--save-crops": args.save_crops}
+    if asked := [option for option, is_asked in options.items() if is_asked]:
+        raise ValueError(f"{asked[0]} is for one process; leave it out, or start without torchrun")
+
+
 @contextmanager
 def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
     """Let an error of one source be a line on stderr and in `failures`; the others are still worth it."""
@@ -2356,10 +2408,9 @@ def label_all(
     plan: dict[Source, dict[str, Path]], kit: Kit, results: Results, window: Window | None, num_threads: int
 ) -> None:
     """Label what is planned, photos in so many threads, and add it to the results."""
+    is_silent = True if len(plan) == 1 or not results.is_first else None  # None: unless stderr is a screen
     with closing(label_ahead(plan, kit, num_threads)) as labelled:
-        for source, outputs, label in tqdm(
-            labelled, total=len(plan), unit="file", disable=None if len(plan) > 1 else True
-        ):
+        for source, outputs, label in tqdm(labelled, total=len(plan), unit="file", disable=is_silent):
             results.begin()
             with surviving(source, results.failures):
                 if source.kind == "photo":
@@ -2419,6 +2470,9 @@ def main(argv: list[str] | None = None) -> None:
         print(shared.printable(f"wrote {args.export}"))
     if args.version or args.export:
         return
+    rank, num_processes = shared.join_others()
+    if num_processes > 1:
+        check_shareable(args)
     sources = find_sources(args.inputs, args.recursive, args.out_dir, left_out)
     if args.camera is not None:
         sources.append(Source(Path(camera_name(args.camera)), "camera", args.out_dir, device=args.camera))
@@ -2438,6 +2492,7 @@ def main(argv: list[str] | None = None) -> None:
         is_anew=is_anew,
         overwrite=args.overwrite,
         keep_empty=args.empty_rows,
+        rank=rank,
     )
     tables = list(results.tables.values())
     if not is_anew:
@@ -2449,9 +2504,9 @@ def main(argv: list[str] | None = None) -> None:
     num_threads = shared.num_cores() + 1 if len(plan) > 1 and not window else 1
     kit = build_kit(args, num_threads)
     with results.writing(kit, args.model, list(plan)):
-        label_all(plan, kit, results, window, num_threads)
+        label_all(share_out(plan, num_processes)[rank], kit, results, window, num_threads)
     left_out["failed, see above"] += sum(not source.is_named for source in results.failures)
-    if +left_out:
+    if +left_out and results.is_first:
         print(in_words(left_out), file=sys.stderr)
     if results.failures:
         sys.exit(1)

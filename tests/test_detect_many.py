@@ -1,0 +1,138 @@
+"""Several processes that torchrun starts label one folder together."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import detect_emotions
+from detect_emotions import Source, share_out
+
+TORCHRUN = ("-m", "torch.distributed.run")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Photos of one face each, one that is none, and a small video."""
+    (tmp_path / "in").mkdir()
+    with Image.open(ROOT / "resources" / "sample.jpg") as image:
+        for i in range(24):
+            image.crop((0, 0, 440, 480)).resize((330 + i, 360)).save(tmp_path / "in" / f"{i:02}.jpg")
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "in"
+
+
+def outputs(out_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out_dir)): path.read_bytes() for path in out_dir.rglob("[!.]*.*")}
+
+
+def options(folder: Path, out_dir: Path) -> list:
+    tables = ["--csv", out_dir / "faces.csv", "--summary", out_dir / "summary.csv"]
+    return [ROOT / "detect_emotions.py", folder, "--out-dir", out_dir, *tables]
+
+
+def workers_of(process: subprocess.Popen) -> list[int]:
+    """Return the processes that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [
+        pid for pid in map(int, children) if b"detect_emotions" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def kill_one_at_work(process: subprocess.Popen, out_dir: Path) -> None:
+    """Kill the second worker once a few photos are done, with their rows."""
+    while sum(journal.read_text().count("stamp") for journal in out_dir.glob(".faces.csv.journal*")) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+
+
+def test_two_processes_give_the_outputs_of_one(start, folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    single = start(*options(folder, one))
+    out, err = single.communicate()
+    together = start(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *options(folder, two))
+    both_out, both_err = together.communicate()
+    assert (single.returncode, together.returncode) == (1, 1)  # for the broken one
+    assert sorted(both_out.splitlines()) == sorted(out.splitlines())
+    for line in err.splitlines():
+        assert both_err.count(line) == 1, line
+    assert outputs(two) == outputs(one)
+    assert len(outputs(one)) == 24 + 2
+
+
+def test_a_killed_process_ends_the_others_and_a_later_run_goes_on_with_more(start, folder, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert start(*options(folder, one)).wait() == 1
+    process = start(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *options(folder, many))
+    kill_one_at_work(process, many)
+    assert process.wait(60)
+    assert not (many / "faces.csv").exists()
+    again = start(*TORCHRUN, "--standalone", "--nproc-per-node", 3, *options(folder, many))
+    _, err = again.communicate()
+    assert "finished before" in err
+    assert outputs(many) == outputs(one)
+
+
+def test_torchrun_starts_killed_processes_again_and_they_go_on(start, folder, tmp_path):
+    (folder / "broken.png").unlink()
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert start(*options(folder, one)).wait() == 0
+    restarts = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+    process = start(*TORCHRUN, *restarts, *options(folder, two))
+    kill_one_at_work(process, two)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "finished before" in err
+    assert outputs(two) == outputs(one)
+
+
+def test_two_machines_share_a_folder(start, folder, tmp_path):
+    (folder / "broken.png").unlink()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert start(*options(folder, one)).wait() == 0
+    where = ("--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port)
+    nodes = [start(*TORCHRUN, *where, "--node-rank", rank, *options(folder, two)) for rank in range(2)]
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    assert all(node.stdout.read().count("happy") for node in nodes)
+    assert outputs(two) == outputs(one)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--model", "nowhere.pt"), "error: nowhere.pt"),
+        (("--json",), "error: --json is for one process; leave it out, or start without torchrun"),
+    ],
+)
+def test_a_mistake_is_said_once(start, folder, tmp_path, asked, said):
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", 2, *options(folder, tmp_path / "out"), *asked]
+    process = start(*command)
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.count(said) == 1
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_are_of_about_the_same_work(tmp_path):
+    sources = []
+    for i, size in enumerate((10, 20, 30, 40, 50, 900)):
+        kind = "video" if i == 1 else "photo"
+        (tmp_path / str(i)).write_bytes(bytes(size))
+        sources.append(Source(tmp_path / str(i), kind, tmp_path))
+    works = [10, 20 * detect_emotions.VIDEO_WORK, 30, 40, 50, 900]
+    shares = share_out({source: {} for source in sources}, 2)
+    assert sorted(source for share in shares for source in share) == sorted(sources)
+    loads = [sum(works[sources.index(source)] for source in share) for share in shares]
+    assert loads == [900, 530]
