@@ -4,6 +4,7 @@ The parts stand in the order in which data flows through them, and use only what
 
     constants     the emotions, the size and statistics of the network's input
     files         writing whole files or none, one run at a time: `replacing`, `only_run_in`, `filling_page`
+    processes     several that torchrun starts, as one: `join_others`, `place`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
     faces         MTCNN, made fast: `FaceFinder`, `crop_faces`
@@ -26,6 +27,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import errno
 import filecmp
 import functools
@@ -369,6 +371,69 @@ def read_table(
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
+
+
+# --- processes ---
+
+PATIENCE = datetime.timedelta(days=7)  # with one that works alone; torchrun ends those that wait in vain
+GRACE = 10  # seconds in which torchrun ends a process after another has failed; it takes a tenth of one
+
+
+def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
+    """Join the processes that torchrun started together with this one, if it did.
+
+    Each gets its share of the processor, and of the GPUs by `pick_device`.
+
+    Args:
+        is_quiet: all but the first write nothing more to stdout and stderr, see `one_line_errors`.
+
+    Returns:
+        This process's rank, and how many there are: (0, 1) without torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    import torch
+    from torch import distributed
+
+    store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    # A job that was started again has its own part of the store: the other has where its dead processes were.
+    store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    torch.set_num_threads(max(os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+    if is_quiet and rank:
+        sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    return rank, world
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank among those that it joined, and how many they are: (0, 1) if it is alone."""
+    torch = sys.modules.get("torch")  # who has joined others has imported it
+    if not torch or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """Return in all processes what `make` returns in the first; in the others it is not called."""
+    rank, world = place()
+    made = [None if rank else make()]
+    if world > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
+def leave_others() -> None:
+    """Go on alone: all processes but the first end here."""
+    rank, world = place()
+    if world > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    if rank:
+        sys.exit()
 
 
 # --- pictures ---
