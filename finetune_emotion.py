@@ -825,7 +825,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    args, resumed = shared.parse_with_resume(parser, argv, stage="emotion")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="emotion", out_dir=OUT_DIR)
     if not args.evaluate:
         args.out_dir = args.out_dir or OUT_DIR
     return args, resumed
@@ -892,11 +892,14 @@ def train_on(
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Cut the faces, train, and report on the held-out faces before and after; or review or judge labels."""
+    shared.join_others(is_quiet=True)
     args, resumed = parse_args(argv)
     import torch
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
+    if args.evaluate or args.review:
+        shared.leave_others()
     if args.evaluate:
         finder = None if args.cropped else shared.FaceFinder(device)
         taken = {"largest_face": args.largest_face, "limit": args.limit, "csv_path": args.csv}
@@ -914,7 +917,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
-        records = cut(args.data_dir, faces_dir, found, shared.FaceFinder(device), limit=args.limit)
+        cut = functools.partial(cut, args.data_dir, faces_dir, found, limit=args.limit)
+        records = shared.from_first(lambda: cut(shared.FaceFinder(device)))
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)

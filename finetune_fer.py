@@ -332,7 +332,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         resume=None,
         device="auto",
     )
-    args, resumed = shared.parse_with_resume(parser, argv, stage="fer")
+    args, resumed = shared.parse_with_resume(parser, argv, stage="fer", out_dir=OUT_DIR)
     if not args.evaluate:
         args.out_dir = args.out_dir or OUT_DIR
     return args, resumed
@@ -341,6 +341,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, then report on the test faces; with --evaluate only report."""
+    shared.join_others(is_quiet=True)
     args, resumed = parse_args(argv)
     import torch
 
@@ -356,6 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device=device,
     )
     if args.evaluate:
+        shared.leave_others()
         report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
     learned = shared.check_sources(source.folder for source in sources.values())

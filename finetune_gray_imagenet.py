@@ -21,7 +21,7 @@ import model as shared
 from model import COLOR_MEAN, COLOR_STD, GRAY_MEAN, GRAY_STD, LUMA
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -91,23 +91,34 @@ def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tenso
     return order[num_val:], order[:num_val]
 
 
+def embed_by(teacher: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the function from colour images to the teacher's embeddings (n, D), in float32."""
+    import torch
+    from torch import nn
+
+    net = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten()).eval()
+
+    def embed(colors: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(colors.device.type, enabled=False):
+            return net(colors.contiguous(memory_format=torch.channels_last))
+
+    return embed
+
+
 class ImagePairs:
-    """Colour images in memory as uint8 (N, 3, S, S), fed as gray inputs and the teacher's embeddings.
+    """Colour images in memory as uint8 (N, 3, S, S), fed as gray inputs and colour ones, both normalised.
 
     Like `model.FaceBatches`: what an epoch holds depends on `seed` and its number alone.
     """
 
-    def __init__(self, images: Tensor, teacher: nn.Module, batch_size: int, device: torch.device, seed: int):
-        from torch import nn
-
+    def __init__(self, images: Tensor, batch_size: int, device: torch.device, seed: int):
         self.images, self.device, self.batch_size, self.seed = images, device, batch_size, seed
-        self._embed = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten()).eval().requires_grad_(False)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches: gray images (n, 1, S, S), mirrored, moved, scaled, and targets (n, D)."""
+        """Yield an epoch's batches, mirrored, moved, scaled: (n, 1, S, S) and (n, 3, S, S)."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
@@ -122,15 +133,11 @@ class ImagePairs:
             yield self._pair(images.to(self.device).float() / 255)
 
     def _pair(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        import torch
-
         mean, std, luma = (
             images.new_tensor(values).reshape(1, 3, 1, 1) for values in (COLOR_MEAN, COLOR_STD, LUMA)
         )
         gray = (images * luma).sum(1, keepdim=True)
-        colors = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            return (gray - GRAY_MEAN) / GRAY_STD, self._embed(colors).float()
+        return (gray - GRAY_MEAN) / GRAY_STD, (images - mean) / std
 
 
 def compare_embeddings(embeddings: Tensor, targets: Tensor, head: nn.Linear) -> dict[str, float]:
@@ -185,6 +192,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil, and print the held-out comparison before and after."""
+    shared.join_others(is_quiet=True)
     args, resumed = parse_args(argv)
     import torch
     import torch.nn.functional as F
@@ -202,9 +210,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         shared.freeze_except(student, args.unfreeze)
         teacher.eval().to(device, memory_format=torch.channels_last)
-        train = ImagePairs(images[train_indices], teacher, args.batch_size, device, args.seed)
-        val = ImagePairs(images[val_indices], teacher, args.batch_size, device, args.seed)
-        head = teacher.fc.cpu()
+        train, val = (
+            ImagePairs(images[indices], args.batch_size, device, args.seed)
+            for indices in (train_indices, val_indices)
+        )
+        embed, head = embed_by(teacher), teacher.fc.cpu()
+        targets = torch.cat([embed(colors).cpu() for _, colors in val.eval()])  # once: the teacher stays
         run = shared.Run(
             args.out_dir,
             stage="gray",
@@ -218,8 +229,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes = {"train": f"{len(train)} images", "val": f"{len(val)} images"}
         run.start(student, device, sizes, is_resumed=resumed is not None)
 
+        def criterion(embeddings: Tensor, colors: Tensor) -> Tensor:
+            return F.mse_loss(embeddings, embed(colors))
+
         def validate(net: nn.Module) -> dict[str, float]:
-            return compare_embeddings(*shared.evaluate(net, val.eval()), head)
+            grays = (gray for gray, _ in val.eval())
+            batches = zip(grays, targets.split(args.batch_size), strict=True)
+            return compare_embeddings(*shared.evaluate(net, batches), head)
 
         def score(record: dict) -> float:
             return record["cosine"]
@@ -227,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = validate(student)
         schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
         history = shared.fit(
-            student, F.mse_loss, train, validate, score=score, run=run, schedule=schedule, resume=resumed
+            student, criterion, train, validate, score=score, run=run, schedule=schedule, resume=resumed
         )
         best = max(reversed(history), key=score)  # the last of equals, as saved
         print_table({args.stem_init: before, "distilled": best})

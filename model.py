@@ -3,6 +3,7 @@
 The parts stand in the order in which data flows through them, and use only what stands above them:
 
     constants     the emotions, the size and statistics of the network's input
+    processes     several that torchrun starts, as one: `join_others`, `place`
     files         writing whole files or none, one run at a time: `replacing`, `only_run_in`, `filling_page`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
@@ -26,6 +27,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import datetime
 import errno
 import filecmp
 import functools
@@ -93,6 +95,69 @@ DUPLICATE_BITS = 8
 COLOR_MEAN, COLOR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GRAY_MEAN, GRAY_STD = 0.449, 0.226  # their means over the channels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's convert("L") uses
+
+
+# --- processes ---
+
+PATIENCE = datetime.timedelta(days=7)  # with one that works alone; torchrun ends those that wait in vain
+GRACE = 10  # seconds in which torchrun ends a process after another has failed; it takes a tenth of one
+
+
+def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
+    """Join the processes that torchrun started together with this one, if it did.
+
+    Each gets its share of the processor, and of the GPUs by `pick_device`.
+
+    Args:
+        is_quiet: all but the first write nothing more to stdout and stderr, see `one_line_errors`.
+
+    Returns:
+        This process's rank, and how many there are: (0, 1) without torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    import torch
+    from torch import distributed
+
+    store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    # A job that was started again has its own part of the store: the other has where its dead processes were.
+    store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    torch.set_num_threads(max(os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+    if is_quiet and rank:
+        sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    return rank, world
+
+
+def place() -> tuple[int, int]:
+    """Return this process's rank among those that it joined, and how many they are: (0, 1) if it is alone."""
+    torch = sys.modules.get("torch")  # who has joined others has imported it
+    if not torch or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """Return in all processes what `make` returns in the first; in the others it is not called."""
+    rank, world = place()
+    made = [None if rank else make()]
+    if world > 1:
+        import torch
+
+        torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
+def leave_others() -> None:
+    """Go on alone: all processes but the first end here."""
+    rank, world = place()
+    if world > 1:
+        import torch
+
+        torch.distributed.destroy_process_group()
+    if rank:
+        sys.exit()
 
 
 # --- files ---
@@ -197,12 +262,16 @@ def only_run_in(*folders: Path) -> Iterator[None]:
 
     The lock is the operating system's: it ends with the process, however that ends. Its file, .emotion.lock
     in the folder, says who holds it and goes when the block ends. Folders are made if need be, and go again
-    if they stay empty. On a file system without locks the block just runs.
+    if they stay empty. On a file system without locks the block just runs. Of processes that joined each
+    other the first holds the lock.
 
     Raises:
         BlockingIOError: another run works there; the message names it.
         OSError: a folder cannot be made or written into.
     """
+    if place()[0]:
+        yield
+        return
     missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as stack:
@@ -523,8 +592,10 @@ def find_device(name: str) -> str:
 def pick_device(name: str) -> torch.device:
     """Return a device by its name; "auto" is the first that there is of cuda, mps and cpu.
 
+    Each of the processes that torchrun starts on a machine has a GPU of its own.
+
     Raises:
-        ValueError: this machine has none of that kind.
+        ValueError: this machine has none of that kind, or too few.
     """
     import torch
 
@@ -533,7 +604,11 @@ def pick_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise ValueError(f"this machine has no {name} device that PyTorch can use; try --device auto")
-    return torch.device(name)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
+    if processes > count:
+        raise ValueError(f"{processes} processes share {count} {name} device; start {count}, or --device cpu")
+    return torch.device(name, int(os.environ["LOCAL_RANK"]) if name != "cpu" and processes > 1 else None)
 
 
 class Engine:
@@ -2083,7 +2158,8 @@ class Run:
                 f"{self.out_dir} holds another run; go on with --resume {last}, choose another --out-dir, "
                 "or delete it"
             )
-        save_json(self.out_dir / "config.json", self.config)
+        if place()[0] == 0:
+            save_json(self.out_dir / "config.json", self.config)
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in net.parameters()]
         trained = sum(size for size, learns in sizes if learns)
         print(f"device: {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
@@ -2102,7 +2178,8 @@ class Run:
 
     def save_last(self, net: nn.Module, history: list[dict], **training_state: dict) -> None:
         """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
-        self._save("last.pt", net.state_dict(), history, **training_state)
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
+        self._save("last.pt", net.state_dict(), history, job=job, **training_state)
         with replacing(self.out_dir / "log.jsonl") as temporary:
             lines = [json.dumps(past, allow_nan=False) + "\n" for past in history]
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -2143,15 +2220,24 @@ class Schedule(NamedTuple):
 
 
 def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Run `net` in eval mode over all batches; return its outputs and the targets, (N, ...), on the CPU."""
+    """Run `net` in eval mode over all batches; return its outputs and the targets, (N, ...), on the CPU.
+
+    Several processes take the batches in turns; each gets the results of all.
+    """
     import torch
 
     net.eval()
-    outputs, targets = [], []
+    rank, world = place()
+    pairs = []
     with torch.inference_mode():
-        for inputs, target in batches:
-            outputs.append(net(inputs.contiguous(memory_format=torch.channels_last)).cpu())
-            targets.append(target.cpu())
+        for inputs, target in itertools.islice(batches, rank, None, world):
+            outputs = net(inputs.contiguous(memory_format=torch.channels_last))
+            pairs.append((outputs.cpu(), target.cpu()))
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, pairs)
+        pairs = [pair for turn in itertools.zip_longest(*parts) for pair in turn if pair]
+    outputs, targets = zip(*pairs, strict=True)
     return torch.cat(outputs), torch.cat(targets)
 
 
@@ -2201,6 +2287,37 @@ def average_weights(net: nn.Module, decay: float) -> AveragedModel:
     return averaged
 
 
+def share_of(batch: Tensor, rank: int, world: int) -> Tensor:
+    """Return what one of `world` processes takes of a batch: no image, or two at least if there are two.
+
+    One alone is of no use to BatchNorm.
+    """
+    sharers = min(world, max(len(batch) // 2, 1))
+    return batch[rank::sharers] if rank < sharers else batch[:0]
+
+
+def sum_gradients(net: nn.Module, loss: Tensor) -> Tensor:
+    """Sum the gradients of all processes, in place, and return the sum of their losses."""
+    import torch
+
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    sums = torch.cat([part.reshape(-1) for part in (loss.detach(), *gradients)])
+    torch.distributed.all_reduce(sums)
+    total, *parts = sums.split([1, *(parameter.numel() for parameter in trained)])
+    for parameter, gradient, part in zip(trained, gradients, parts, strict=True):
+        parameter.grad = gradient.copy_(part.view_as(gradient))
+    return total[0]
+
+
+def copy_first(values: Iterable[Tensor]) -> None:
+    """Set weights or BatchNorm's statistics, in place, to what they are in the first process."""
+    import torch
+
+    for value in values if place()[1] > 1 else ():
+        torch.distributed.broadcast(value, src=0)
+
+
 def train_epoch(
     net: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -2213,31 +2330,42 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train `net`, and `averaged`, for an epoch; return its number, last learning rate, mean loss and speed.
 
+    Several processes share each batch, and make the step that one would make. Only BatchNorm that learns
+    sees its own share alone; its statistics are then those of the first process.
+
     Raises:
         ValueError: the loss is not finite any more.
     """
     import torch
 
     train_mode(net)
+    rank, world = place()
     start, seen, total_loss = time.perf_counter(), 0, 0.0
     title = f"epoch {epoch}/{schedule.epochs}"
     with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
         for step, (inputs, targets) in enumerate(data.train(epoch), start=1):
             # The middle of this step, so that neither the first nor the last has a learning rate of 0.
-            progress = epoch - 1 + (seen + len(inputs) / 2) / len(data)
+            n = len(inputs)
+            progress = epoch - 1 + (seen + n / 2) / len(data)
             lr = learning_rate(progress / schedule.epochs, schedule.lr)
-            seen += len(inputs)
+            seen += n
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with autocast(inputs.device):
-                loss = criterion(net(inputs.contiguous(memory_format=torch.channels_last)), targets)
-            loss.backward()
+            inputs, targets = (share_of(part, rank, world) for part in (inputs, targets))  # noqa: PLW2901
+            loss = inputs.new_zeros(())
+            if len(inputs):
+                with autocast(inputs.device):
+                    outputs = net(inputs.contiguous(memory_format=torch.channels_last))
+                    loss = criterion(outputs, targets) * (len(inputs) / n)
+                loss.backward()
+            if world > 1:
+                loss = sum_gradients(net, loss)
             optimizer.step()
             optimizer.zero_grad()
             if averaged:
                 averaged.update_parameters(net)
-            total_loss += loss.detach() * len(inputs)
-            bar.update(len(inputs))
+            total_loss += loss.detach() * n
+            bar.update(n)
             if step % LOSS_EVERY == 0:  # a GPU has to be waited for
                 bar.set_postfix(loss=f"{float(total_loss) / seen:.4f}", refresh=False)
                 if not math.isfinite(total_loss):
@@ -2263,6 +2391,7 @@ def fit(
     """Train `net` in place; return one record an epoch: `train_epoch`'s figures and `validate`'s.
 
     Every stage runs this loop: they differ in data, criterion, `validate` and which parameters train.
+    Several processes run it together; the first writes, and goes on alone when it is done.
 
     Args:
         criterion: (outputs, targets) -> scalar mean loss of a batch.
@@ -2290,19 +2419,24 @@ def fit(
                 "the run to resume had another network, other parts that learn, or no averages, or its file "
                 "is damaged; leave --arch, --unfreeze and --ema as they were"
             ) from None
+    judged = averaged.module if averaged else net
+    copy_first(net.state_dict().values())
     for epoch in range(len(history) + 1, schedule.epochs + 1):
         record = train_epoch(net, criterion, data, optimizer, averaged, schedule=schedule, epoch=epoch)
-        judged = averaged.module if averaged else net
+        copy_first([*net.buffers(), *judged.buffers()])
         record |= validate(judged)
         if not all(map(math.isfinite, record.values())):
             raise ValueError(f"figures of epoch {epoch} are not finite; try a lower --lr than {schedule.lr}")
         record["images_per_s"] = record.pop("images_per_s")  # the last column
         history.append(record)
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
+        if place()[0]:
+            continue
         if score(record) == max(map(score, history)):
             run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
         run.save_last(net, history, optimizer=optimizer.state_dict(), **state)
+    leave_others()
     return history
 
 
@@ -2729,6 +2863,7 @@ def one_line_errors(main: Callable) -> Callable:
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
     code 1, and so does a stdout that takes no more, silently if its reader has enough; Ctrl-C ends with 130.
+    Of several processes that fail by one mistake, or by the end of another, the first is heard.
     """
 
     @functools.wraps(main)
@@ -2742,7 +2877,14 @@ def one_line_errors(main: Callable) -> Callable:
                 _flush_stdout()
         except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            is_mistake = isinstance(error, ValueError | OSError)
+            rank, world = place()
+            if rank or (world > 1 and not is_mistake):
+                time.sleep(GRACE)  # torchrun ends this process, unless it is the first to fail
+                sys.stderr = sys.__stderr__
+            if not is_mistake:
+                raise
             sys.exit(f"error: {printable(error)}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -2846,9 +2988,14 @@ def add_options(parser: argparse.ArgumentParser, **defaults: object) -> None:
 
 
 def parse_with_resume(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, stage: str, out_dir: Path | None = None
 ) -> tuple[argparse.Namespace, dict | None]:
     """Parse the command line; with --resume, the interrupted run's options become the defaults.
+
+    A job that torchrun started again goes on by itself with the run that it began.
+
+    Args:
+        out_dir: what --out-dir means if it is not given and has no default.
 
     Returns:
         The options, and the checkpoint to go on from or None.
@@ -2857,6 +3004,10 @@ def parse_with_resume(
         ValueError: --resume names no last.pt of this stage.
     """
     args = parser.parse_args(argv)
+    last, job = (args.out_dir or out_dir) / "last.pt", os.environ.get("TORCHELASTIC_RUN_ID")
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and job != "none"  # without a name
+    if is_again and last.exists() and load_checkpoint(last).get("job") == job:
+        args.resume = last
     if not args.resume:
         return args, None
     resumed = load_checkpoint(args.resume, stages=(stage,))
