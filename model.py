@@ -149,6 +149,16 @@ def from_first(make: Callable[[], object]) -> object:
     return made[0]
 
 
+def gather(value: object) -> list:
+    """Wait until all processes that joined each other are here; return what each gives, by rank."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        import torch
+
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def leave_others() -> None:
     """Go on alone: all processes but the first end here."""
     rank, world = place()
