@@ -111,7 +111,7 @@ def test_two_machines_share_a_folder(start, folder, tmp_path):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--model", "nowhere.pt"), "error: nowhere.pt"),
+        (("--model", "nowhere.pt"), "error: there is no checkpoint nowhere.pt"),
         (("--json",), "error: --json is for one process; leave it out, or start without torchrun"),
     ],
 )
