@@ -2544,11 +2544,11 @@ def draw_up(path: Path) -> Blueprint:
     return Blueprint(network, torch.zeros(2, size, size, 1), {name: checkpoint[name] for name in NOTES})
 
 
-def export_network(path: Path, destination: Path) -> None:
+def export_network(path: Path, destination: Path, written_by: str = "") -> None:
     """Write a checkpoint's classifier as a file that programs run without torch, .onnx or .xml.
 
     It takes `faces`, gray (N, S, S, 1), float32 in 0-255, and returns `logits` (N, C) of all classes. Its
-    metadata `emotion_detector` is JSON: what NOTES names, and the licence.
+    metadata `emotion_detector` is JSON: what NOTES names, the licence, and `written_by`.
 
     Raises:
         ValueError: the suffix is another one, packages lack, or as `load_checkpoint`.
@@ -2559,7 +2559,7 @@ def export_network(path: Path, destination: Path) -> None:
     if destination.suffix == ".onnx" and lacking:
         raise ValueError("to export ONNX takes two packages more; pip install onnx onnxscript")
     blueprint = draw_up(path)
-    about = json.dumps({**blueprint.notes, "licence": LICENCE})
+    about = json.dumps({**blueprint.notes, "licence": LICENCE, "written_by": written_by})
     destination.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(destination.parent) as folder:
         if destination.suffix == ".onnx":

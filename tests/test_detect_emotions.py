@@ -1203,6 +1203,11 @@ def test_an_exported_model_gives_the_probabilities_of_its_checkpoint(tmp_path, c
     assert exported.predict_crops(crops) == pytest.approx(own.predict_crops(crops), abs=2e-3)
     with pytest.raises(ValueError, match="--device cpu"):
         shared.Classifier(path, "meta")
+    detect_emotions.main(["--model", str(small_model), "--export", str(path)])  # in the place of its own
+    path.write_bytes(b"a network of somebody")
+    with pytest.raises(SystemExit, match="does not say that this program wrote it; --overwrite replaces it"):
+        detect_emotions.main(["--model", str(small_model), "--export", str(path)])
+    assert path.read_bytes() == b"a network of somebody"
 
 
 @pytest.mark.slow

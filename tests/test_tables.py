@@ -316,6 +316,19 @@ def test_crop_that_would_replace_a_file_of_others_needs_overwrite(run, people, t
     assert (crops / name).read_bytes() != before
 
 
+def test_crop_of_a_face_whose_label_changed_goes(run, people, tmp_path):
+    crops = tmp_path / "crops"
+    for number in (0, 1):
+        people[number].save(tmp_path / f"{number}.png")
+    run(tmp_path, "--save-crops", crops, "--emotions", "happy", "surprised")
+    before = crops_in(crops)
+    people[0].save(crops / "happy" / "mine.png")
+    run(tmp_path, "--save-crops", crops, "--emotions", "angry", "sad", "--overwrite")
+    after = crops_in(crops)
+    assert sorted(Path(name).name for name in after) == sorted([*(Path(n).name for n in before), "mine.png"])
+    assert {name.partition("/")[0] for name in after if "mine" not in name} <= {"angry", "sad"}
+
+
 def test_crops_that_cannot_be_written_are_found_before_the_work(run, album, tmp_path):
     (tmp_path / "crops").touch()
     code, out, err = run(album, "--save-crops", tmp_path / "crops")
