@@ -2282,21 +2282,38 @@ def face_size(text: str) -> float:
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of what pictures show, and which are written."""
+    add = parser.add_argument_group("what pictures show").add_argument
     blur_help = (
         "make the heads of faces with these labels, or of all, a few squares in everything that shows them; "
         "unsure faces too; in videos from half a second before (not live) until half a second after, and the "
         "whole frame is searched at least every half second. What is finished is done again. Faces that are "
         "not found stay as they are (--min-face-prob 0.7 finds more), and so does the sound"
     )
-    parser.add_argument("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
-    parser.add_argument("--no-labels", action="store_true", help="draw no boxes and labels into the copies")
+    add("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
+    add("--no-labels", action="store_true", help="draw no boxes and labels into the copies")
     no_copies = "write no labelled photos and videos, only tables, plots and the report"
-    parser.add_argument("--no-copies", "--no-video", action="store_true", help=no_copies)
+    add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
+    add("--no-copies", "--no-video", action="store_true", help=no_copies)
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how videos are labelled, and which part."""
+    add, positive = parser.add_argument_group("videos").add_argument, shared.number(float, 0)
+    add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
+    add("--end", type=clock_time, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
+    each = "classify a video's faces in every so many frames"
+    add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
+    search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
+    add("--search-every", type=positive, default=0.3, metavar="S", help=search)
+    smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
+    add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
+    rejoin = "a face that comes back within so many s keeps its number, if it looks the same; 0: never"
+    add("--rejoin", type=positive, default=30.0, metavar="S", help=rejoin)
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of what all inputs make together."""
-    add = parser.add_argument
+    add = parser.add_argument_group("results of all inputs").add_argument
     add("--json", action="store_true", help="print an object for each photo and frame, not lines of text")
     csv_help = (
         "also write a table of all faces, of videos in each frame; .parquet instead of .csv needs pyarrow, - "
@@ -2324,8 +2341,7 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = shared.build_parser(__doc__)
-    share, positive = shared.number(float, 0, 1), shared.number(float, 0)
-    add = parser.add_argument
+    add, share = parser.add_argument, shared.number(float, 0, 1)
     add("inputs", nargs="*", metavar="INPUT", help="photo, video, folder of them, or pattern")
     add("--recursive", action="store_true", help="look into a folder's subfolders too")
     overwrite = (
@@ -2349,17 +2365,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "means 20 pixels or more; smaller ones take longer"
     )
     add("--min-face-size", type=face_size, default=shared.MIN_FACE_SIZE, metavar="X", help=small)
-    add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
-    add("--end", type=clock_time, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
     add_picture_options(parser)
-    each = "classify a video's faces in every so many frames"
-    add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
-    search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
-    add("--search-every", type=positive, default=0.3, metavar="S", help=search)
-    smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
-    add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
-    rejoin = "a face that comes back within so many s keeps its number, if it looks the same; 0: never"
-    add("--rejoin", type=positive, default=30.0, metavar="S", help=rejoin)
+    add_video_options(parser)
     add("--model", type=Path, default=shared.DEFAULT_MODEL, metavar="FILE", help="checkpoint")
     emotions_help = (
         "tell these apart, or all that the model has learned (default: those that it was made for)"
@@ -2372,7 +2379,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="P",
         help=f"call faces whose likeliest emotion is less likely {shared.UNSURE}; 0: none",
     )
-    add("--font", type=Path, metavar="FILE", help="TrueType or OpenType (default: the one in Pillow)")
     shared.add_options(parser, device="auto")
     add(
         "--export",

@@ -980,21 +980,26 @@ def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], 
         scales.append(scale)
         scale *= MTCNN_FACTOR
 
+    def at_scale(image: Image.Image, scale: float) -> Image.Image:
+        size = (int(width * scale + 1), int(height * scale + 1)) if scale < 1 else (width, height)
+        return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1)
+
     def shrink(chain: tuple[Image.Image, int]) -> list[np.ndarray]:
-        """Make every second level of an image, each from the one before it, which is about twice as large."""
+        """Make every second level from the finest one on, each from the one before it."""
         image, first = chain
         levels = []
         for scale in scales[first::2]:
-            size = (int(width * scale + 1), int(height * scale + 1)) if scale < 1 else (width, height)
-            image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+            image = at_scale(image, scale)
             levels.append(np.asarray(image))
         return levels
 
     for image in images:
         image.load()  # a file that is still to be decoded is not for two threads
-    chains = list(_threads().map(shrink, [(image, first) for image in images for first in (0, 1)]))
-    even, odd = (list(map(np.stack, zip(*chains[first::2], strict=True))) for first in (0, 1))
-    return scales, [(odd if i % 2 else even)[i // 2] for i in range(len(scales))]
+    finest = list(_threads().map(at_scale, images, itertools.repeat(scales[0])))
+    chains = list(_threads().map(shrink, [(image, first) for image in finest for first in (1, 2)]))
+    odd, even = (list(map(np.stack, zip(*chains[first::2], strict=True))) for first in (0, 1))
+    levels = [np.stack(finest), *(level for pair in itertools.zip_longest(odd, even) for level in pair)]
+    return scales, levels[: len(scales)]
 
 
 def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2920,9 +2925,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows each option's default, and the description as it is."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if (
-            action.default is None or action.default is False
-        ):  # what happens without the option is in its help
+        if action.default is False or action.default in (None, ()):  # the help says what happens then
             return action.help
         if isinstance(action.default, list | tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
