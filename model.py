@@ -2925,7 +2925,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows each option's default, and the description as it is."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is False or action.default in (None, ()):  # the help says what happens then
+        if action.default is False or action.default in (None, (), []):  # the help says what happens then
             return action.help
         if isinstance(action.default, list | tuple):
             return f"{action.help} (default: {' '.join(action.default)})"
