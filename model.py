@@ -2328,15 +2328,15 @@ def train_epoch(
     start, seen, total_loss = time.perf_counter(), 0, 0.0
     title = f"epoch {epoch}/{schedule.epochs}"
     with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
-        for step, (inputs, targets) in enumerate(data.train(epoch), start=1):
+        for step, batch in enumerate(data.train(epoch), start=1):
             # The middle of this step, so that neither the first nor the last has a learning rate of 0.
-            n = len(inputs)
+            n = len(batch[0])
             progress = epoch - 1 + (seen + n / 2) / len(data)
             lr = learning_rate(progress / schedule.epochs, schedule.lr)
             seen += n
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            inputs, targets = (share_of(part, rank, world) for part in (inputs, targets))  # noqa: PLW2901
+            inputs, targets = (share_of(part, rank, world) for part in batch)
             loss = inputs.new_zeros(())
             if len(inputs):
                 with autocast(inputs.device):
@@ -2390,9 +2390,8 @@ def fit(
     """
     optimizer = build_optimizer(net, schedule.weight_decay)
     averaged = average_weights(net, schedule.ema) if schedule.ema else None
-    history = []
+    history = resume["history"] if resume else []
     if resume:
-        history = resume["history"]
         try:
             net.load_state_dict(resume["model"])
             optimizer.load_state_dict(resume["optimizer"])
@@ -2416,7 +2415,7 @@ def fit(
         history.append(record)
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         if place()[0]:
-            continue
+            continue  # one writes
         if score(record) == max(map(score, history)):
             run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
