@@ -1,10 +1,11 @@
 """Training by processes that torchrun starts together; they learn what one process does."""
 
 import json
+import re
 
 import pytest
 import torch
-from conftest import make_faces, write_checkpoint
+from conftest import ROOT, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH
 
@@ -13,6 +14,7 @@ import finetune_fer
 import finetune_gray_imagenet
 import model as shared
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Float32 sums in another order, over a few steps of a tiny network.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 
@@ -25,15 +27,14 @@ def in_float32(monkeypatch):
 
 @pytest.fixture
 def launch(start):
-    """Run a script in several processes; return the exit code, stdout and stderr.
+    """Run a script by torchrun, whose options come first; return the exit code, stdout and stderr.
 
-    The one that writes a file ending with `name` for the `number`th time kills itself then.
+    The process that is about to finish last.pt for the `number`th time kills itself.
     """
 
-    def launch(processes, *command, restarts=0, number=0, name="last.pt"):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        torchrun += ["--max-restarts", restarts, "tests/in_float32.py", "tests/stop_at.py", "SIGKILL"]
-        process = start(*torchrun, number, name, *command)
+    def launch(torchrun, *command, number=0):
+        stop = ["tests/in_float32.py", "tests/stop_at.py", "SIGKILL", number, "last.pt"]
+        process = start("-m", "torch.distributed.run", *torchrun.split(), *stop, *command)
         out, err = process.communicate(timeout=100)
         return process.returncode, out, err
 
@@ -81,7 +82,8 @@ def test_shares_of_a_batch_are_the_batch_and_none_is_of_one_image(length, world)
 def test_three_processes_learn_what_one_learns(tmp_path, fer_options, launch, capsys):
     finetune_fer.main([*fer_options, "--out-dir", str(tmp_path / "one")])
     alone = capsys.readouterr().out
-    code, out, err = launch(3, "finetune_fer.py", *fer_options, "--out-dir", tmp_path / "three")
+    command = ["finetune_fer.py", *fer_options, "--out-dir", tmp_path / "three"]
+    code, out, err = launch("--nproc-per-node 3", *command)
     assert code == 0, err
     assert_same_run(tmp_path / "three", tmp_path / "one")
     assert len(out.splitlines()) == len(alone.splitlines())
@@ -93,10 +95,12 @@ def test_three_processes_learn_what_one_learns(tmp_path, fer_options, launch, ca
 def test_a_killed_job_goes_on_by_itself_and_later_in_another_number_of_processes(
     tmp_path, fer_options, launch
 ):
-    """It dies twice, each time when it is about to finish its second checkpoint."""
+    """It is the README's command, and dies twice, each time about to finish its second checkpoint."""
     finetune_fer.main([*fer_options, "--out-dir", str(tmp_path / "whole")])
+    [torchrun] = re.findall(r"`torchrun (.+) finetune_fer.py`", README)
+    torchrun = torchrun.replace("--max-restarts 3", "--max-restarts 1")
     command = ["finetune_fer.py", *fer_options, "--out-dir", tmp_path / "killed"]
-    code, out, err = launch(2, *command, restarts=1, number=2)
+    code, out, err = launch(torchrun, *command, number=2)
     assert code == 1
     assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch ")] == list("1223")
     assert "SIGKILL" in err
@@ -112,7 +116,7 @@ def test_a_used_folder_is_refused_in_one_line_however_often_torchrun_tries(tmp_p
     finetune_fer.main([*fer_options, "--out-dir", str(tmp_path / "used")])
     before = (tmp_path / "used" / "last.pt").read_bytes()
     command = ["finetune_fer.py", *fer_options, "--out-dir", tmp_path / "used"]
-    code, out, err = launch(2, *command, restarts=1)
+    code, out, err = launch("--nproc-per-node 2 --max-restarts 1", *command)
     assert (code, out) == (1, "")
     assert [line.split(";")[0] for line in mistakes_in(err)] == [
         f"error: {tmp_path / 'used'} holds another run"
@@ -135,7 +139,8 @@ def test_the_gray_stage_runs_in_several_processes(tmp_path, launch):
     options += ["--arch", ARCH, "--image-size", 64, "--batch-size", 5, "--epochs", 3, "--lr", 0.01]
     options = [str(option) for option in (*options, "--stem-init", "kaiming")]
     finetune_gray_imagenet.main([*options, "--out-dir", str(tmp_path / "one")])
-    code, _, err = launch(2, "finetune_gray_imagenet.py", *options, "--out-dir", tmp_path / "two")
+    command = ["finetune_gray_imagenet.py", *options, "--out-dir", tmp_path / "two"]
+    code, _, err = launch("--nproc-per-node 2", *command)
     assert code == 0, err
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
@@ -164,7 +169,8 @@ def test_the_photo_stage_runs_in_several_processes_and_one_cuts(tmp_path, sample
     ]
     options += ["--image-size", 32, "--batch-size", 4, "--epochs", 8, "--lr", 0.1, "--max-loss", 100]
     options = [str(option) for option in (*options, "--val-fraction", 0.5)]
-    code, out, err = launch(2, "finetune_emotion.py", *options, "--out-dir", tmp_path / "two")
+    command = ["finetune_emotion.py", *options, "--out-dir", tmp_path / "two"]
+    code, out, err = launch("--nproc-per-node 2", *command)
     assert code == 0, err
     assert ["total", "4", "0", "0", "0"] in [line.split() for line in out.splitlines()]
     finetune_emotion.main([*options, "--out-dir", str(tmp_path / "one")])
