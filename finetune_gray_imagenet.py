@@ -204,16 +204,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with shared.only_run_in(args.out_dir):
         teacher = load_teacher(args.arch, args.teacher_weights)
         images, _ = shared.load_images(paths, "RGB", args.image_size)
-        train_indices, val_indices = split_indices(len(images), args.val_fraction, args.seed)
+        split = split_indices(len(images), args.val_fraction, args.seed)
         student = build_student(args.arch, teacher, args.stem_init).to(
             device, memory_format=torch.channels_last
         )
         shared.freeze_except(student, args.unfreeze)
         teacher.eval().to(device, memory_format=torch.channels_last)
-        train, val = (
-            ImagePairs(images[indices], args.batch_size, device, args.seed)
-            for indices in (train_indices, val_indices)
-        )
+        train, val = (ImagePairs(images[part], args.batch_size, device, args.seed) for part in split)
         embed, head = embed_by(teacher), teacher.fc.cpu()
         targets = torch.cat([embed(colors).cpu() for _, colors in val.eval()])  # once: the teacher stays
         run = shared.Run(

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from torch import Tensor, nn
+    from torch.distributed import Store
     from torch.optim.swa_utils import AveragedModel
 
 # --- constants ---
@@ -119,15 +120,34 @@ def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
     import torch
     from torch import distributed
 
-    store, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
-    # A job that was started again has its own part of the store: the other has where its dead processes were.
-    store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    agent, rank, world = next(distributed.rendezvous("env://", timeout=PATIENCE))
+    store = _first_store(agent, rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     torch.set_num_threads(max(os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
     if is_quiet and rank:
         sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     return rank, world
+
+
+def _first_store(agent: Store, rank: int) -> Store:
+    """Return the store that the first process opens.
+
+    torchrun's own outlives a restart, with the addresses of processes that died, and is asked for one alone.
+    """
+    from torch import distributed
+
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        agent.set("first", str(store.port))
+        return store
+    while True:
+        port = int(agent.get("first"))
+        with contextlib.suppress(distributed.DistError):  # that of one that died
+            store = distributed.TCPStore(host, port, timeout=datetime.timedelta(seconds=1))
+            store.set_timeout(PATIENCE)
+            return store
 
 
 def place() -> tuple[int, int]:
@@ -2358,15 +2378,15 @@ def train_epoch(
     start, seen, total_loss = time.perf_counter(), 0, 0.0
     title = f"epoch {epoch}/{schedule.epochs}"
     with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
-        for step, (inputs, targets) in enumerate(data.train(epoch), start=1):
+        for step, batch in enumerate(data.train(epoch), start=1):
             # The middle of this step, so that neither the first nor the last has a learning rate of 0.
-            n = len(inputs)
+            n = len(batch[0])
             progress = epoch - 1 + (seen + n / 2) / len(data)
             lr = learning_rate(progress / schedule.epochs, schedule.lr)
             seen += n
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            inputs, targets = (share_of(part, rank, world) for part in (inputs, targets))  # noqa: PLW2901
+            inputs, targets = (share_of(part, rank, world) for part in batch)
             loss = inputs.new_zeros(())
             if len(inputs):
                 with autocast(inputs.device):
@@ -2420,9 +2440,8 @@ def fit(
     """
     optimizer = build_optimizer(net, schedule.weight_decay)
     averaged = average_weights(net, schedule.ema) if schedule.ema else None
-    history = []
+    history = resume["history"] if resume else []
     if resume:
-        history = resume["history"]
         try:
             net.load_state_dict(resume["model"])
             optimizer.load_state_dict(resume["optimizer"])
@@ -2446,7 +2465,7 @@ def fit(
         history.append(record)
         print("  ".join(f"{name} {value:.4g}" for name, value in record.items()), flush=True)
         if place()[0]:
-            continue
+            continue  # one writes
         if score(record) == max(map(score, history)):
             run.save_best(judged, history)
         state = {"averaged": averaged.state_dict()} if averaged else {}
@@ -3018,8 +3037,8 @@ def parse_with_resume(
     """
     args = parser.parse_args(argv)
     last, job = (args.out_dir or out_dir) / "last.pt", os.environ.get("TORCHELASTIC_RUN_ID")
-    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and job != "none"  # without a name
-    if is_again and last.exists() and load_checkpoint(last).get("job") == job:
+    has_name = job not in {None, "none"}  # torchrun on one machine names each job anew
+    if has_name and last.exists() and load_checkpoint(last).get("job") == job:
         args.resume = last
     if not args.resume:
         return args, None
