@@ -315,13 +315,14 @@ def main() -> None:
         print("OpenCV's YuNet is left out: no package ships its weights; see --yunet")
     times, found = measure(processes, images, args.repeats)
     faces, counts = count_faces(names, found)
-    print("ms: the mean over the images of a turn, median (min to max) of the turns; faces: of two families")
+    print("ms: median (min to max) of the turns, mean over the images; faces: those that two families have")
     for column, (name, process) in enumerate(processes.items()):
         report[name] = {**process.versions, **counts[name]}
         for kind, which in kinds.items():
-            turns = times[:, which, column].mean(1)
-            median, least, most = np.median(turns), turns.min(), turns.max()
-            report[name][f"ms a {kind}"] = [round(float(value), 1) for value in (median, least, most)]
+            median, least, most = (
+                np.quantile(times[:, which, column], (0.5, 0, 1), axis=0).mean(1).round(1).tolist()
+            )
+            report[name][f"ms a {kind}"] = {"median": median, "min": least, "max": most}
             print(f"{name:22} {median:7.1f} ms a {kind} ({least:.1f} to {most:.1f})")
         shares = ", ".join(f"{counts[name][kind]} of {faces[kind]} {kind} faces" for kind in faces)
         alone, without = counts[name]["alone"], counts[name]["without"]
