@@ -222,10 +222,13 @@ def report_split(
     batch_size: int,
     limit: int | None,
     device: torch.device,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Report how good a checkpoint is on a source's split: its default classes, then all, if it learned more.
 
     Faces that stand in no other split, and those whose label is sure, are also judged apart.
+
+    Returns:
+        Of the default classes, C of them: probs (N, C) and labels (N,).
     """
     import torch
 
@@ -265,6 +268,8 @@ def report_split(
             out_dir=out_dir,
             subsets={subset: mask[is_shown] for subset, mask in subsets.items()},
         )
+    shown, labels = shared.among(logits, faces.labels, default)
+    return (shown / checkpoint["temperature"]).softmax(1), labels
 
 
 def report_sources(
@@ -272,7 +277,7 @@ def report_sources(
 ) -> None:
     """Report on the same split of each source that has it; if none has a test, on val.
 
-    The files and lines of all sources but the first have its name.
+    The files and lines of all sources but the first have its name. Several sources also share a picture.
     """
 
     def having(split: str) -> list[str]:
@@ -283,9 +288,16 @@ def report_sources(
     if not names and (names := having("val")):
         print("there are no test faces: judged on val, which also picked the best epoch", file=sys.stderr)
         split = "val"
+    judged = {}
     for name in names or sources:
         title = split if name == next(iter(sources)) else f"{split}_{name}"
-        report_split(sources[name].folder, out_dir, checkpoint, split, title=title, **options)
+        judged[f"{name} {split}"] = report_split(
+            sources[name].folder, out_dir, checkpoint, split, title=title, **options
+        )
+    if out_dir and len(judged) > 1:
+        path = out_dir / f"{split}_reliability_by_source.png"
+        shared.plot_reliability(judged, path)
+        print(f"wrote {shared.printable(path)}")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:

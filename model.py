@@ -1829,7 +1829,8 @@ def report(
         return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    plot_reliability((logits / temperature).softmax(1), labels, split, out_dir / f"{split}_reliability.png")
+    probs = (logits / temperature).softmax(1)
+    plot_reliability({split: (probs, labels)}, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     path = printable(out_dir / f"{split}.json")
     print(f"wrote {path}, {split}_confusion.png and {split}_reliability.png")
@@ -1892,22 +1893,31 @@ def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Pat
     _save_figure(figure, path)
 
 
-def plot_reliability(probs: Tensor, labels: Tensor, title: str, path: Path) -> None:
-    """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG."""
+def plot_reliability(sets: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+    """Draw how often probs (N, C) are right at each level of confidence, over 15 bins, into a PNG.
+
+    Args:
+        sets: probs and labels (N,) by title; each has a column.
+    """
     from matplotlib.figure import Figure
 
-    counts, confidence, accuracy = (part.numpy() for part in reliability(probs, labels))
-    filled = counts > 0
-    figure = Figure(figsize=(5, 5.5), layout="constrained")
-    figure.suptitle(f"{title}: calibration error {calibration_error(probs, labels):.3f}, n = {len(labels)}")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot([0, 1], [0, 1], color="gray", linestyle="dashed", label="perfectly calibrated")
-    upper.plot(confidence[filled], accuracy[filled], marker="o", label="this model")
-    upper.set(ylabel="share that is right", ylim=(0, 1), xlim=(0, 1))
-    upper.legend()
-    edges = np.linspace(0, 1, len(counts) + 1)
-    lower.bar(edges[:-1], counts, width=1 / len(counts), align="edge", edgecolor="white")
-    lower.set(xlabel="probability of the predicted class", ylabel="faces")
+    figure = Figure(figsize=(1 + 4 * len(sets), 5.5), layout="constrained")
+    columns = figure.subplots(2, len(sets), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)).T
+    for (title, (probs, labels)), (upper, lower) in zip(sets.items(), columns, strict=True):
+        counts, confidence, accuracy = (part.numpy() for part in reliability(probs, labels))
+        filled = counts > 0
+        error = calibration_error(probs, labels)
+        upper.set(
+            title=f"{title}, n = {len(labels)}\ncalibration error {error:.3f}", ylim=(0, 1), xlim=(0, 1)
+        )
+        upper.plot([0, 1], [0, 1], color="gray", linestyle="dashed", label="perfectly calibrated")
+        upper.plot(confidence[filled], accuracy[filled], marker="o", label="this model")
+        edges = np.linspace(0, 1, len(counts) + 1)
+        lower.bar(edges[:-1], counts / len(labels), width=1 / len(counts), align="edge", edgecolor="white")
+        lower.set(xlabel="probability of the predicted class")
+    columns[0][0].set(ylabel="share that is right")
+    columns[0][0].legend()
+    columns[0][1].set(ylabel="share of the faces")
     _save_figure(figure, path)
 
 

@@ -73,10 +73,10 @@ def our_way(path: Path, finder: shared.FaceFinder, classifier: shared.Classifier
     return classifier.predict(image, finder.find(image).boxes)
 
 
-def images_of(photos: Path, videos: Path) -> Iterator[Image.Image]:
-    """Give all photos, and NUM_FRAMES frames evenly spread over the videos."""
+def images_of(photos: Path, videos: Path) -> Iterator[tuple[str, Image.Image]]:
+    """Give all photos, and NUM_FRAMES frames evenly spread over the videos, each with its file's name."""
     for path in sorted(photos.glob("*.[jp][pn]g")):
-        yield shared.open_picture(path)
+        yield path.name, shared.open_picture(path)
     clips = sorted(videos.glob("*.mp4"))
     if not clips:
         return
@@ -85,13 +85,15 @@ def images_of(photos: Path, videos: Path) -> Iterator[Image.Image]:
     for path in clips:
         with av.open(str(path)) as clip:
             frames = [frame.to_image() for frame in clip.decode(video=0)]
-        yield from shared.spread(frames, NUM_FRAMES // len(clips))
+        yield from ((path.name, frame) for frame in shared.spread(frames, NUM_FRAMES // len(clips)))
 
 
-def compare_faces(images: Iterator[Image.Image], mtcnn: MTCNN, finder: shared.FaceFinder) -> dict[str, float]:
+def compare_faces(
+    images: Iterator[tuple[str, Image.Image]], mtcnn: MTCNN, finder: shared.FaceFinder
+) -> dict[str, float]:
     """Count facenet-pytorch's faces of probability 0.95 and more, those found again, and this project's."""
     counts = {"images": 0, "reference": 0, "found": 0, "ours": 0}
-    for image in images:
+    for _, image in images:
         boxes, probs = mtcnn.detect(image)
         boxes = np.empty((0, 4)) if boxes is None else boxes[probs >= 0.95].astype(float)
         ours = finder.find(image)

@@ -417,6 +417,8 @@ def test_other_sources_are_learned_beside_fer(tmp_path, fer_dir, options, capsys
     assert {"fer_acc", "more_acc", "web_acc"} < best["metrics"].keys()
     last = shared.load_checkpoint(out_dir / "last.pt")
     assert last["model"]["fc.weight"].shape == (4 * 6, FEATURES)  # the common head and each source's
+    with Image.open(out_dir / "test_reliability_by_source.png") as picture:
+        assert picture.width > 1.5 * picture.height  # FER's test faces, and the web's: a column each
 
 
 @pytest.mark.parametrize(
