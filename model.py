@@ -52,7 +52,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -2759,11 +2759,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def build_parser(doc: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Raises OSError when its help cannot be written, where argparse exits with 0."""
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """Print the help, on stdout if no file is given."""
+        print(self.format_help(), end="", file=file)
+
+
+def build_parser(doc: str) -> Parser:
     """Return a parser whose help begins with a script's docstring and ends with its last part, Usage."""
     about, _, examples = doc.partition("Usage:\n")
-    epilog = f"examples:\n{examples}"
-    return argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=HelpFormatter)
+    return Parser(description=about, epilog=f"examples:\n{examples}", formatter_class=HelpFormatter)
 
 
 _SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(float, 0)
