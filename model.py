@@ -1105,7 +1105,7 @@ def train_mode(net: nn.Module) -> None:
 # --- data ---
 
 
-MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
+MAX_UNREADABLE = 0.01  # share of images that training does without, or else a single one; chosen here
 MAX_NAMED = 5  # files of a kind that a message names; the others are counted
 NUM_SAMPLED = 20  # images whose size is looked at
 
@@ -1143,6 +1143,19 @@ def check_pictures(folder: Path, paths: Sequence[Path]) -> None:
         raise ValueError(f"all {len(paths)} images in {folder} are one picture; add different ones")
 
 
+def check_readable(errors: Sequence[object], total: int) -> None:
+    """Raise ValueError if training cannot do without those of its images that are not readable.
+
+    Args:
+        errors: one for each of these, which names it.
+        total: number of images.
+    """
+    if len(errors) > min(max(1, MAX_UNREADABLE * total), total - 1):
+        share = f"{len(errors)} of {total} images are not readable"
+        limit = f"expected a single one or {MAX_UNREADABLE:.0%} at most"
+        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
+
+
 def load_images(
     paths: Sequence[Path], mode: str, size: int | None = None, max_size: int = MAX_IMAGE_SIZE
 ) -> tuple[Tensor, list[Path]]:
@@ -1156,7 +1169,7 @@ def load_images(
         The images, and their N paths.
 
     Raises:
-        ValueError: more than MAX_UNREADABLE of the files are not readable images.
+        ValueError: as `check_readable`.
     """
     import torch
 
@@ -1181,10 +1194,7 @@ def load_images(
     bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
     results = list(bar)
     errors = [result for result in results if isinstance(result, PictureError)]
-    if len(errors) > MAX_UNREADABLE * len(paths):
-        share = f"{len(errors)} of {len(paths)} images are not readable"
-        limit = f"expected {MAX_UNREADABLE:.0%} at most"
-        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
+    check_readable(errors, len(paths))
     for error in errors[:MAX_NAMED]:
         print(printable(f"left out: {error}"), file=sys.stderr)
     if errors:
