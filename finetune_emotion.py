@@ -271,10 +271,12 @@ def load_labelled(
     """Read the cut faces, split them and correct their labels; a correction moves no face to the other side.
 
     Raises:
-        ValueError: there are too few faces.
+        ValueError: there are too few faces, or too many photos are not readable.
     """
     import torch
 
+    unreadable = [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]
+    shared.check_readable(unreadable, len(records))
     records = [record for record in records if not record["reason"]]
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")

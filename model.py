@@ -54,7 +54,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -1230,7 +1230,7 @@ def train_mode(net: nn.Module) -> None:
 # --- data ---
 
 
-MAX_UNREADABLE = 0.01  # share of images that training does without, chosen here
+MAX_UNREADABLE = 0.01  # share of images that training does without, or else a single one; chosen here
 MAX_NAMED = 5  # files of a kind that a message names; the others are counted
 NUM_SAMPLED = 20  # images whose size is looked at
 
@@ -1268,6 +1268,19 @@ def check_pictures(folder: Path, paths: Sequence[Path]) -> None:
         raise ValueError(f"all {len(paths)} images in {folder} are one picture; add different ones")
 
 
+def check_readable(errors: Sequence[object], total: int) -> None:
+    """Raise ValueError if training cannot do without those of its images that are not readable.
+
+    Args:
+        errors: one for each of these, which names it.
+        total: number of images.
+    """
+    if len(errors) > min(max(1, MAX_UNREADABLE * total), total - 1):
+        share = f"{len(errors)} of {total} images are not readable"
+        limit = f"expected a single one or {MAX_UNREADABLE:.0%} at most"
+        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
+
+
 def load_images(
     paths: Sequence[Path], mode: str, size: int | None = None, max_size: int = MAX_IMAGE_SIZE
 ) -> tuple[Tensor, list[Path]]:
@@ -1281,7 +1294,7 @@ def load_images(
         The images, and their N paths.
 
     Raises:
-        ValueError: more than MAX_UNREADABLE of the files are not readable images.
+        ValueError: as `check_readable`.
     """
     import torch
 
@@ -1306,10 +1319,7 @@ def load_images(
     bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
     results = list(bar)
     errors = [result for result in results if isinstance(result, PictureError)]
-    if len(errors) > MAX_UNREADABLE * len(paths):
-        share = f"{len(errors)} of {len(paths)} images are not readable"
-        limit = f"expected {MAX_UNREADABLE:.0%} at most"
-        raise ValueError(f"{share}, {limit}; remove or replace them: {errors[0]}")
+    check_readable(errors, len(paths))
     for error in errors[:MAX_NAMED]:
         print(printable(f"left out: {error}"), file=sys.stderr)
     if errors:
@@ -2961,11 +2971,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
-def build_parser(doc: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Raises OSError when its help cannot be written, where argparse exits with 0."""
+
+    def print_help(self, file: TextIO | None = None) -> None:
+        """Print the help, on stdout if no file is given."""
+        print(self.format_help(), end="", file=file)
+
+
+def build_parser(doc: str) -> Parser:
     """Return a parser whose help begins with a script's docstring and ends with its last part, Usage."""
     about, _, examples = doc.partition("Usage:\n")
-    epilog = f"examples:\n{examples}"
-    return argparse.ArgumentParser(description=about, epilog=epilog, formatter_class=HelpFormatter)
+    return Parser(description=about, epilog=f"examples:\n{examples}", formatter_class=HelpFormatter)
 
 
 _SHARE, _COUNT, _NOT_NEGATIVE = number(float, 0, 1), number(int, 1), number(float, 0)

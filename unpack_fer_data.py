@@ -279,7 +279,8 @@ def read_manifest(out_dir: Path) -> dict:
     with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         manifest = json.loads(path.read_bytes())
         numbers = manifest if manifest["complete"] else {"rows": 0, "bad_rows": 0, "dropped": {}}
-        has_numbers = numbers["rows"] >= numbers["bad_rows"] >= 0 and isinstance(numbers["dropped"], dict)
+        has_numbers = sys.maxsize >= numbers["rows"] >= numbers["bad_rows"] >= 0
+        has_numbers &= isinstance(numbers["dropped"], dict)
         if manifest["format"] == MANIFEST_FORMAT and isinstance(manifest["source"], dict) and has_numbers:
             return manifest
     raise ValueError(f"{path} is not this script's ({MANIFEST_FORMAT}); choose another --out-dir")
@@ -439,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             shared.save_json(args.out_dir / "manifest.json", manifest)
     if args.drop_duplicates:
         dropped = ", ".join(f"{number} {reason}" for reason, number in manifest["dropped"].items())
-        print(f"dropped from train: {dropped}", file=sys.stderr)
+        print(shared.printable(f"dropped from train: {dropped}"), file=sys.stderr)
 
     import pandas as pd  # here, for --help does without
 

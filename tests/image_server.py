@@ -150,6 +150,8 @@ def make_bomb() -> bytes:
 
 
 BOMB = make_bomb()  # once: it takes a while
+# A picture in Brotli (RFC 7932): a header that says that so many bytes follow as they are, and an end.
+BROTLI = (len(picture(1)) - 1 << 4 | 1 << 20).to_bytes(3, "little") + picture(1) + b"\x03"
 GZIP_BOMB = gzip.compress(bytes(100_000_000), compresslevel=1)
 
 
@@ -170,6 +172,7 @@ HOSTILE: dict[str, Callable[[Handler], None]] = {
     "/bomb.png": lambda handler: handler.answer(BOMB, "image/png"),
     "/gzip-bomb.jpg": lambda handler: handler.answer(GZIP_BOMB, "image/jpeg", Content_Encoding="gzip"),
     "/no-gzip.jpg": lambda handler: handler.answer(picture(1), "image/jpeg", Content_Encoding="gzip"),
+    "/brotli.jpg": lambda handler: handler.answer(BROTLI, "image/jpeg", Content_Encoding="br"),
     "/pixel.gif": lambda handler: handler.answer(picture(1, (1, 1), "GIF"), "image/gif"),
     "/script.eps": lambda handler: handler.answer(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n"),
     "/missing.jpg": lambda handler: handler.answer(b"", status=404),

@@ -425,6 +425,7 @@ OUTCOMES = {
     "/bomb.png": ("rejected", "too big", "more than 50 million pixels"),
     "/gzip-bomb.jpg": ("rejected", "too big", "more than 20 MB"),
     "/no-gzip.jpg": ("rejected", "no image", "not encoded as it says"),
+    "/brotli.jpg": ("rejected", "no image", "an unknown format"),  # which was not asked for
     "/pixel.gif": ("rejected", "too small", "1x1 pixels"),
     "/script.eps": ("rejected", "no image", "an unknown format"),
     "/missing.jpg": ("rejected", "http error", "HTTP 404"),

@@ -226,6 +226,19 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
     assert f"{photos_dir} has 1 emotion folders, expected 2 or more" in stop.value.code
 
 
+def test_photos_that_are_not_readable_are_named_and_stop_it_if_they_are_many(
+    tmp_path, photos_dir, options, capsys
+):
+    finetune_emotion.main(options)
+    assert "not readable: happy/page.jpg\n" in capsys.readouterr().err
+    (photos_dir / "angry" / "page.jpg").write_text("<html>")
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main([*options, "--out-dir", str(tmp_path / "other")])
+    assert "not readable: angry/page.jpg, happy/page.jpg\n" in capsys.readouterr().err
+    assert stop.value.code.startswith("error: 2 of 8 images are not readable, expected a single one or 1%")
+    assert not list((tmp_path / "other").glob("*"))
+
+
 @pytest.mark.parametrize("folder", ["run", "faces"])
 def test_a_second_run_into_a_folder_stops_and_names_the_first(tmp_path, options, folder):
     with shared.only_run_in(tmp_path / folder), pytest.raises(SystemExit, match=f"{folder} is in use by "):

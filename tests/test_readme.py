@@ -6,6 +6,7 @@ The commands build on each other. The long ones run on a small cut of the data.
 import io
 import itertools
 import lzma
+import os
 import re
 import runpy
 import shlex
@@ -235,6 +236,20 @@ def test_help_ends_with_two_examples(script, run_script, capsys):
     *_, title, first, second = capsys.readouterr().out.rstrip().splitlines()
     assert title == "examples:"
     assert [first.strip(), second.strip()] == EXAMPLES[script]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [("full", "error: cannot write to standard output: No space left on device\n"), ("without reader", "")],
+)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_that_cannot_be_written_is_one_line_and_exit_code_1(script, kind, line, start):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, open(writing, "w") as pipe:  # noqa: PTH123
+        stdout = full if kind == "full" else pipe
+        process = start(script, "--help", stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert (process.stderr.read(), process.wait()) == (line, 1)
 
 
 def test_the_python_of_the_readme_gives_the_numbers_of_csv(run, tmp_path, monkeypatch, capsys):

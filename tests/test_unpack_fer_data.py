@@ -586,6 +586,8 @@ def test_images_without_a_manifest_are_refused_and_kept(run, tmp_path, out, opti
     [
         *('{"name": "somebody\'s"}', "[]", "no json", "[" * 100_000, '{"format": "unpack_fer_data 1"}'),
         '{"format": "unpack_fer_data 1", "source": {}, "complete": true, "rows": "many"}',
+        '{"format": "unpack_fer_data 1", "source": {}, "complete": true, "dropped": {}, "bad_rows": 0, '
+        f'"rows": 1{400 * "0"}}}',
     ],
 )
 def test_a_manifest_of_another_kind_is_refused_and_kept(run, tmp_path, out, text):
