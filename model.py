@@ -104,6 +104,12 @@ PATIENCE = datetime.timedelta(days=7)  # with one that works alone; torchrun end
 GRACE = 10  # seconds in which torchrun ends a process after another has failed; it takes a tenth of one
 
 
+def num_cores() -> int:
+    """Return on how many cores this process may work: with torchrun, its share of the machine's."""
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
     """Join the processes that torchrun started together with this one, if it did.
 
@@ -124,7 +130,7 @@ def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
     store = _first_store(agent, rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    torch.set_num_threads(max(os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]), 1))
+    torch.set_num_threads(num_cores())
     if is_quiet and rank:
         sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     return rank, world
@@ -463,12 +469,6 @@ def read_table(
             reason = "it is not in UTF-8" if isinstance(error, UnicodeDecodeError) else error
             raise ValueError(f"{path} is not {expected}, line {table.line_num}: {reason}") from None
     return rows
-
-
-def num_cores() -> int:
-    """Return on how many cores this process may work: with torchrun, its share of the machine's."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @functools.cache

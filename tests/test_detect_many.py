@@ -1,6 +1,7 @@
 """Several processes that torchrun starts label one folder together."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 import detect_emotions
 from detect_emotions import Source, share_out
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TORCHRUN = ("-m", "torch.distributed.run")
 pytestmark = pytest.mark.slow
 
@@ -21,12 +23,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def folder(tmp_path):
     """Photos of one face each, one that is none, and a small video."""
-    (tmp_path / "in").mkdir()
+    (tmp_path / "holiday").mkdir()
     with Image.open(ROOT / "resources" / "sample.jpg") as image:
         for i in range(24):
-            image.crop((0, 0, 440, 480)).resize((330 + i, 360)).save(tmp_path / "in" / f"{i:02}.jpg")
-    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
-    return tmp_path / "in"
+            image.crop((0, 0, 440, 480)).resize((330 + i, 360)).save(tmp_path / "holiday" / f"{i:02}.jpg")
+    (tmp_path / "holiday" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "holiday"
 
 
 def outputs(out_dir: Path) -> dict[str, bytes]:
@@ -54,11 +56,17 @@ def kill_one_at_work(process: subprocess.Popen, out_dir: Path) -> None:
     os.kill(workers_of(process)[1], signal.SIGKILL)
 
 
-def test_two_processes_give_the_outputs_of_one(start, folder, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    single = start(*options(folder, one))
+def test_the_readmes_processes_give_the_outputs_of_one(start, folder, tmp_path):
+    """The second photo is in a subfolder."""
+    (folder / "first day").mkdir()
+    (folder / "01.jpg").rename(folder / "first day" / "01.jpg")
+    one, two = tmp_path / "one", tmp_path / "runs" / "holiday"
+    single = start(*options(Path("holiday"), one), "--recursive", cwd=tmp_path)
     out, err = single.communicate()
-    together = start(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *options(folder, two))
+    [command] = re.findall(r"`torchrun (\S+ \S+ detect_emotions.py .+?)`", README)
+    command = command.replace("detect_emotions.py", str(ROOT / "detect_emotions.py")).split()
+    summary = ("--summary", two / "summary.csv")
+    together = start(*TORCHRUN, "--standalone", *command, *summary, cwd=tmp_path)
     both_out, both_err = together.communicate()
     assert (single.returncode, together.returncode) == (1, 1)  # for the broken one
     assert sorted(both_out.splitlines()) == sorted(out.splitlines())
@@ -135,4 +143,4 @@ def test_shares_are_of_about_the_same_work(tmp_path):
     shares = share_out({source: {} for source in sources}, 2)
     assert sorted(source for share in shares for source in share) == sorted(sources)
     loads = [sum(works[sources.index(source)] for source in share) for share in shares]
-    assert loads == [900, 530]
+    assert loads == [900, 10 + 20 * detect_emotions.VIDEO_WORK + 30 + 40 + 50]
