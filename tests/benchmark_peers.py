@@ -1,7 +1,7 @@
 """Find faces with this project and with other packages, side by side: how fast, and how many.
 
 Each finder runs in a process of its own, and those that want packages of their own have an environment in
---envs, made by the first run (2.5 GB). All have their own defaults, this project the smallest face of
+--envs, made by the first run (3 GB). All have their own defaults, this project the smallest face of
 facenet-pytorch. They look at one image after the other, each time in another order, so that a change of the
 machine's mood meets all. The first turn warms up.
 
