@@ -3075,8 +3075,25 @@ def parse_with_resume(
         raise ValueError(
             f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )
-    parser.set_defaults(**resumed["config"])  # argparse turns text into paths as it does its own defaults
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # options that there are no longer do not matter
+            began_with, _ = parser.parse_known_args(list(_as_options(resumed["config"])))
+    except SystemExit:
+        raise ValueError(f"{args.resume} has options that this stage does not take; is it damaged?") from None
+    parser.set_defaults(**vars(began_with))
     return parser.parse_args(argv), resumed
+
+
+def _as_options(config: dict) -> Iterator[str]:
+    """Write options, of `plain_config`, as on a command line, so that argparse checks them."""
+    for name, value in config.items():
+        option = f"--{str(name).replace('_', '-')}"
+        if isinstance(value, list) and value:
+            yield from (option, *map(str, value))
+        elif value is True:
+            yield option
+        elif value is not None and value is not False and value != []:
+            yield f"{option}={value}"
 
 
 def plain_config(options: dict) -> dict:

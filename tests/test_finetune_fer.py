@@ -167,6 +167,19 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, options, gray_checkpoin
     assert "\n" not in stop.value.code
 
 
+@pytest.mark.parametrize(("option", "value"), [("mix", 7), ("epochs", "many"), ("lr", {}), ("teachers", 1.5)])
+def test_saved_options_of_another_type_are_one_line_and_exit_code_1(tmp_path, options, option, value):
+    run, last = tmp_path / "run", tmp_path / "run" / "last.pt"
+    finetune_fer.main([*options, "--out-dir", str(run), "--epochs", "1"])
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["config"][option] = value
+    torch.save(checkpoint, last)
+    with pytest.raises(SystemExit) as stop:
+        finetune_fer.main(["--resume", str(last), "--out-dir", str(run), "--epochs", "2"])
+    assert isinstance(stop.value.code, str)
+    assert "\n" not in stop.value.code
+
+
 def test_more_emotions_are_learned_than_are_told_apart_by_default(tmp_path, fer_dir, options, capsys):
     make_faces(fer_dir / "train", 16, ("fearful", "neutral"))
     out_dir = tmp_path / "run"
