@@ -160,6 +160,7 @@ def ask_teachers(
 
 def training_set(
     train: dict[str, Split],
+    weights: Sequence[float],
     *,
     vote_weight: float,
     teachers: Sequence[Path],
@@ -167,7 +168,7 @@ def training_set(
     classes: Sequence[str],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Join the sources' train faces into what `model.FaceBatches` takes.
+    """Join the sources' train faces, each source with its weight, into what `model.FaceBatches` takes.
 
     With several sources, targets (N, heads, C) are for the common head and each source's own.
     """
@@ -186,7 +187,8 @@ def training_set(
         shares = torch.cat([torch.full((len(labels), 1), COMMON_SHARE), own], 1)  # (N, heads)
         targets = shares[:, :, None] * targets[:, None]
     groups = of_source * len(classes) + labels
-    return {"images": images, "labels": labels, "targets": targets, "groups": groups}
+    weights = torch.tensor(weights).repeat_interleave(sizes)
+    return {"images": images, "labels": labels, "targets": targets, "groups": groups, "weights": weights}
 
 
 def describe(
@@ -361,12 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = shared.pick_device(args.device)
     sources = shared.parse_sources([str(args.data_dir), *args.mix])
     report = functools.partial(
-        report_sources,
-        sources,
-        args.out_dir,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        device=device,
+        report_sources, sources, args.out_dir, batch_size=args.batch_size, limit=args.limit, device=device
     )
     if args.evaluate:
         shared.leave_others()
@@ -399,20 +396,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         faces = training_set(
             train,
+            [source.weight for source in sources.values()],
             vote_weight=args.vote_weight,
             teachers=[Path(path) for path in args.teachers or []],
             teacher_weight=args.teacher_weight,
             classes=learned,
             device=device,
         )
-        weights = torch.tensor([sources[name].weight for name, split in train.items() for _ in split.labels])
         run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
         best = shared.fit_classifier(
             net,
-            shared.FaceBatches(
-                **faces, **options, weights=weights, balance=args.balance, mixup=args.mixup, seed=args.seed
-            ),
+            shared.FaceBatches(**faces, **options, balance=args.balance, mixup=args.mixup, seed=args.seed),
             {name: shared.FaceBatches(split.images, split.labels, **options) for name, split in val.items()},
             run=run,
             schedule=shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema),
