@@ -6,7 +6,8 @@ while out of sight, and their probabilities are smoothed over time; beside the l
 all faces in all frames, one of the tracks, and a plot of their emotions over time. stdout has a line for each
 face of a photo and for each video, tab-separated, or JSON Lines, or CSV. On request there are tables of all
 inputs, the faces cut out, and a page for a browser; a run that was stopped goes on where it was. --blur hides
-faces before anything that shows pixels sees them.
+faces before anything that shows pixels sees them. Photos are labelled side by side, a core for each, and
+torchrun shares a folder out to several processes.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
 (where the outputs go), frames (reading videos and cameras), tracks, privacy (hiding faces), labels (drawing),
