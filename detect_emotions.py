@@ -1304,11 +1304,12 @@ def save_image(image: Image.Image, path: Path) -> None:
     options = {"quality": 95, "subsampling": "4:4:4", "icc_profile": image.info.get("icc_profile")}
     options["exif"], options["comment"] = Image.Exif(), MARK  # JPEG 2000 has comments, no EXIF
     options["exif"][ExifTags.Base.Software] = MARK
+    file = io.BytesIO()  # on a disk that gets full, Pillow leaves half a file and says nothing
+    image.save(file, image_format, **options)
+    if image_format == "BMP":  # has no place for texts, but its readers ignore what follows
+        file.write(MARK.encode())
     with shared.replacing(path) as temporary:
-        image.save(temporary, image_format, **options)
-        if image_format == "BMP":  # has no place for texts, but its readers ignore what follows
-            with temporary.open("ab") as file:
-                file.write(MARK.encode())
+        temporary.write_bytes(file.getbuffer())
 
 
 def text_cell(text: object) -> str:
@@ -1881,9 +1882,12 @@ class VideoWriter:
                 self._output.mux(self._packet)
             self._packet = next(self._sound, None)
 
-    def close(self) -> None:
-        """Finish the file."""
-        self._output.mux(self._stream.encode(None))
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is None:  # else FFmpeg may have no file to write to, and ends the process
+            self._output.mux(self._stream.encode(None))
         self._output.close()
 
 
@@ -2233,7 +2237,7 @@ def label_video(
             if kit.has_labels and ("video" in parts or window):
                 image = draw_faces(image, faces, kit.colors, kit.font_path, drawn)
             if "video" in parts:
-                writer = writer or stack.enter_context(closing(VideoWriter(parts["video"], video, frame)))
+                writer = writer or stack.enter_context(VideoWriter(parts["video"], video, frame))
                 writer.write(frame, image)
             if window and not window.show(image, float(frame.time)):
                 break

@@ -28,6 +28,7 @@ import functools
 import hashlib
 import html
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -569,8 +570,10 @@ class DataSet:
             scale = min(self.shorter_side / min(photo.size), 1)
             size = [round(length * scale) for length in photo.size]
             small = photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
+            file = io.BytesIO()  # on a disk that gets full, Pillow leaves half a file and says nothing
+            small.save(file, "JPEG", quality=90, icc_profile=photo.info.get("icc_profile"))
             with shared.replacing(self.path(record), sync=True) as temporary:
-                small.save(temporary, "JPEG", quality=90, icc_profile=photo.info.get("icc_profile"))
+                temporary.write_bytes(file.getbuffer())
         elif record["status"] == "kept":
             self.path(record).parent.mkdir(exist_ok=True)
             source.replace(self.path(record))

@@ -160,7 +160,7 @@ def read_index(path: Path) -> dict[str, dict]:
     """
     records = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, ArithmeticError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
             is_cut = record["reason"] is None
             if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:

@@ -2604,26 +2604,31 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
         raise ValueError("to export ONNX takes two packages more; pip install onnx onnxscript")
     blueprint = draw_up(path)
     about = json.dumps({**blueprint.notes, "licence": LICENCE, "written_by": written_by})
+    if destination.suffix == ".onnx":
+        import torch
+
+        program = torch.onnx.export(
+            blueprint.network.eval(),
+            (blueprint.example,),
+            input_names=["faces"],
+            output_names=["logits"],
+            dynamic_shapes=[{0: torch.export.Dim("n")}],
+            dynamo=True,
+            verbose=False,
+        )
+        program.model.metadata_props["emotion_detector"] = about
+        save = functools.partial(program.save, external_data=False)
+    else:
+        model = _convert(blueprint, any_size=False)
+        model.set_rt_info(about, "emotion_detector")
+        save = functools.partial(load_openvino().save_model, model, compress_to_fp16=False)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(destination.parent) as folder:
-        if destination.suffix == ".onnx":
-            import torch
-
-            program = torch.onnx.export(
-                blueprint.network.eval(),
-                (blueprint.example,),
-                input_names=["faces"],
-                output_names=["logits"],
-                dynamic_shapes=[{0: torch.export.Dim("n")}],
-                dynamo=True,
-                verbose=False,
-            )
-            program.model.metadata_props["emotion_detector"] = about
-            program.save(folder / "network.onnx", external_data=False)
-        else:
-            model = _convert(blueprint, any_size=False)
-            model.set_rt_info(about, "emotion_detector")
-            load_openvino().save_model(model, folder / "network.xml", compress_to_fp16=False)
+        try:
+            save(folder / f"network{destination.suffix}")
+        except (OSError, RuntimeError) as error:  # the latter of OpenVINO, which gives no reason
+            reason = getattr(error, "strerror", None) or "the disk may be full"
+            raise OSError(f"cannot write {destination}: {reason}") from None
         for made in sorted(folder.iterdir()):  # .bin before .xml
             with replacing(destination.with_suffix(made.suffix)) as temporary:
                 shutil.move(made, temporary)

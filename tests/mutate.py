@@ -3,7 +3,8 @@
 An input is a real one with some seeded changes: bytes, numbers, names, or fields of its format. The scripts'
 `main` runs in a process that stays alive, with networks that are loaded once. With --kind kills a script runs
 in a process of its own that gets SIGKILL at a random moment, and then once more to its end; what it leaves
-should equal what an undisturbed run leaves.
+should equal what an undisturbed run leaves. With --kind disks, for root alone, it gets a disk that is
+read-only or too small instead of the signal.
 
 Each case has a folder: `work`, where the script runs, `work/out`, the only part that may change, and beside
 `work` a file that nobody may touch. The last line on stdout is a JSON object of counts by kind; what goes
@@ -14,6 +15,7 @@ Usage:
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
@@ -29,6 +31,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +39,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -768,7 +771,7 @@ def try_kind(kind: str, count: int, seed: int, base: Path, worker: Worker) -> Co
     return counts
 
 
-# --- kills ---
+# --- kills and full disks ---
 
 
 def content(path: Path) -> object:
@@ -840,38 +843,68 @@ def run_alone(
 
 def copy_seeds(seeds: Path, work: Path) -> None:
     """Fill a folder with what RUNS read."""
-    shutil.copytree(seeds, work, ignore=lambda folder, names: [name for name in names if name == "clips"])
+    shutil.copytree(seeds, work, ignore=shutil.ignore_patterns("clips"), dirs_exist_ok=True)
 
 
-def try_kills(count: int, seed: int, base: Path, context: multiprocessing.context.BaseContext) -> Counter:
-    """Kill each script `count` times; return the counts."""
-    counts = Counter(dict.fromkeys(("half files", "stray files", "unequal", "not resumed", "traceback"), 0))
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Mount a disk while the block runs; give the function that sets its options, such as its size."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    try:
+        yield lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill_disk(folder: Path, set_disk: Callable[[str], None], need: int, rng: random.Random) -> None:
+    """Make a disk read-only, or leave room for some of the `need` bytes that a run writes."""
+    used = (shutil.disk_usage(folder).used, rng.choice((0, rng.randrange(need))))
+    set_disk(rng.choice(("ro", *[f"size={sum(used)}"] * 4)))
+
+
+def try_faults(
+    kind: str, count: int, seed: int, base: Path, context: multiprocessing.context.BaseContext
+) -> Counter:
+    """Kill each script `count` times, or fill its disk, and run it once more; return the counts."""
+    wrong = ("half files", "stray files", "unequal", "not resumed", "traceback", "no line")
+    counts, is_full = Counter(dict.fromkeys(wrong, 0)), kind == "disks"
     with serve(serve_pictures) as server:
         for script in tqdm(RUNS, "scripts", disable=None):
             urls = "".join(f"{CLASSES[i % 2]} {server.url(f'/photo?n={i}')}\n" for i in range(6))
             (base / "seeds" / "list.txt").write_text(urls)
-            folder = base / f"kills-{script}"
+            folder = base / f"{kind}-{script}"
             copy_seeds(base / "seeds", folder / "work")
             code, seconds = run_alone(context, script, folder / "work", None)
             assert code == 0, (folder / "stderr").read_text()
             expected = outputs(folder / "work")
+            need = sum(path.stat().st_size + 4096 for path in (folder / "work").glob("out*/**/*"))
             shutil.rmtree(folder)
             for number in tqdm(range(count), script, disable=None, leave=False):
-                folder = base / f"kills-{script}-{number}"
-                copy_seeds(base / "seeds", folder / "work")
-                rng = random.Random(f"{seed} {script} {number}")
-                code, _ = run_alone(context, script, folder / "work", rng.uniform(0.1, 1) * seconds)
-                counts["inputs"] += 1
-                counts["killed" if code == -signal.SIGKILL else "ended before"] += 1
-                before = counts.total()
-                note(counts, "half files", sum(map(half_files, (folder / "work").glob("out*"))), folder)
-                code, _ = run_alone(context, script, folder / "work", None)
-                note(counts, "not resumed", code != 0, folder)
-                note(counts, "traceback", "Traceback" in (folder / "stderr").read_text(), folder)
-                note(counts, "stray files", len(strays(folder)), folder)
-                note(counts, "unequal", outputs(folder / "work") != expected, folder)
+                folder = base / f"{kind}-{script}-{number}"
+                work, rng = folder / "work", random.Random(f"{seed} {script} {number}")
+                with small_disk(work) if is_full else contextlib.nullcontext() as set_disk:
+                    copy_seeds(base / "seeds", work)
+                    if is_full:
+                        fill_disk(work, set_disk, need, rng)
+                    kill_after = None if is_full else rng.uniform(0.1, 1) * seconds
+                    code, _ = run_alone(context, script, work, kill_after)
+                    before = counts.total()
+                    if is_full:
+                        told = re.findall("^error: ", (folder / "stderr").read_text(), re.MULTILINE)
+                        note(counts, "no line", code != bool(told), folder)
+                        note(counts, "stray files", len(strays(folder)), folder)
+                        set_disk("rw,size=1g")
+                    note(counts, "half files", sum(map(half_files, work.glob("out*"))), folder)
+                    again, _ = run_alone(context, script, work, None)
+                    note(counts, "not resumed", again != 0, folder)
+                    note(counts, "traceback", "Traceback" in (folder / "stderr").read_text(), folder)
+                    note(counts, "stray files", len(strays(folder)), folder)
+                    note(counts, "unequal", outputs(work) != expected, folder)
                 if counts.total() == before:
                     shutil.rmtree(folder)
+                counts["inputs"] += 1
+                counts[{0: "ended before", 1: "stopped"}.get(code, "killed")] += 1
     return counts
 
 
@@ -887,10 +920,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = (*MAKERS, "kills")
+    kinds = (*MAKERS, "kills", "disks")
     parser.add_argument("--kind", nargs="+", choices=kinds, default=kinds, help="what to try (default: all)")
     parser.add_argument(
-        "--count", type=int, default=100, help="inputs of each kind, a tenth as many kills of each script"
+        "--count", type=int, default=100, help="inputs of each kind, a tenth as many faults of each script"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all changes")
     args = parser.parse_args()
@@ -907,8 +940,8 @@ def main() -> None:
     os.environ |= {"http_proxy": closed, "https_proxy": closed, "no_proxy": ""}
     counts = {}
     for kind in args.kind:
-        if kind == "kills":
-            counts[kind] = try_kills(math.ceil(args.count / 10), args.seed, base, context)
+        if kind in ("kills", "disks"):
+            counts[kind] = try_faults(kind, math.ceil(args.count / 10), args.seed, base, context)
         else:
             counts[kind] = try_kind(kind, args.count, args.seed, base, worker)
     if not list(base.glob("*-*")):

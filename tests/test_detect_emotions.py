@@ -828,6 +828,18 @@ def test_full_stdout_ends_the_run_with_one_line(start, tmp_path, options):
     assert process.wait() == 1
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".tif", ".jp2", ".png"])
+def test_half_a_copy_on_a_full_disk_is_an_error_and_does_not_stay(run, tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.effect_noise((300, 300), 50).convert("RGB").save(path)
+    with file_size_limit(8192):
+        code, out, err = run(path)
+    copy = tmp_path / f"x_emotions{suffix}"
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == f"error: cannot write {copy}: File too large"
+    assert names(tmp_path) == [path.name]
+
+
 def test_table_on_a_full_disk_ends_the_run_with_one_line(run, small, tmp_path):
     small.save(tmp_path / "x.png")
     with file_size_limit(100):

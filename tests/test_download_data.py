@@ -1131,6 +1131,20 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(out_dir, tmp_path):
     assert reasons(out_dir) == {"not allowed": 40}
 
 
+def test_half_a_picture_on_a_full_disk_does_not_stay_and_the_next_run_has_all_of_it(out_dir, tmp_path):
+    file = io.BytesIO()  # its copy of 256 pixels, which is what is kept, takes more
+    Image.effect_noise((300, 300), 50).convert("RGB").save(file, "JPEG", quality=10)
+    with serve_files({"/noise.jpg": file.getvalue()}) as server:
+        listed = write_list(tmp_path / "list", ("hen", server.url("/noise.jpg")))
+        with file_size_limit(20_000), pytest.raises(SystemExit, match=r"cannot write .*hen/.*: File too"):
+            imagenet(out_dir, *listed)
+        assert files(out_dir) == []
+        imagenet(out_dir, *listed)
+    [kept] = files(out_dir)
+    with Image.open(out_dir / kept) as image:
+        image.load()
+
+
 def test_a_run_that_finds_nothing_new_writes_nothing(pictures, out_dir, tmp_path):
     listed = write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
     imagenet(out_dir, *listed)

@@ -197,7 +197,15 @@ def test_lines_of_the_index_that_are_no_records_count_for_nothing(photos_dir):
     cut(photos_dir, CountingFinder())
     index = (faces_dir / "index.jsonl").read_text()
     record = json.loads(index.splitlines()[0])
-    wrong = [{**record, "blur": "much"}, {**record, "reason": "none"}, {"photo": 1}, [], 7, None]
+    wrong = [
+        {**record, "blur": "much"},
+        {**record, "blur": 10**400},
+        {**record, "reason": "none"},
+        {"photo": 1},
+        [],
+        7,
+        None,
+    ]
     lines = ["[" * 100_000, *map(json.dumps, wrong), *index.splitlines()[1:], '{"photo": "happy/0.jp']
     (faces_dir / "index.jsonl").write_text("\n".join(lines))
     again = CountingFinder()

@@ -1,4 +1,4 @@
-"""What tests/mutate.py counts on damaged and hostile inputs of each kind, and on kills of each script."""
+"""What tests/mutate.py counts on damaged and hostile inputs of each kind, on kills of each script, and on full disks."""
 
 import json
 import subprocess
@@ -9,15 +9,19 @@ from conftest import ROOT
 
 # Nothing may be wrong; of a folder every file is labelled, named or counted.
 WRONG = ("traceback", "crash", "hang", "stray files", "changed outside", "unaccounted")
-WRONG += ("half files", "not resumed", "unequal")  # after a kill
+WRONG += ("half files", "not resumed", "unequal", "no line")  # after a kill, or on a full disk
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("photos", 100), ("videos", 100), ("tables", 100), ("checkpoints", 100), ("kills", 20)],
+    [("photos", 100), ("videos", 100), ("tables", 100), ("checkpoints", 100), ("kills", 20), ("disks", 40)],
 )
-def test_damaged_and_hostile_inputs_end_in_a_line(kind, count):
+def test_damaged_and_hostile_inputs_end_in_a_line(kind, count, tmp_path):
+    if kind == "disks":
+        if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=False).returncode:
+            pytest.skip("no disk can be mounted here")
+        subprocess.run(["umount", tmp_path], check=True)
     command = [sys.executable, ROOT / "tests" / "mutate.py", "--kind", kind, "--count", str(count)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
