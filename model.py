@@ -713,6 +713,8 @@ def load_openvino() -> ModuleType:
     sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
+    # Its tables of types are made when they are first used, and two threads that do so wait for each other.
+    openvino.Type(openvino.Tensor(np.zeros(1, np.uint8)).data.dtype).to_dtype()
     return openvino
 
 
