@@ -361,7 +361,8 @@ def _open_locked(lock: Path, what: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # the run that held it has just removed it
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{Path(sys.argv[0]).name} (process {os.getpid()})".encode(), 0)
+                with contextlib.suppress(OSError):  # on a full disk it does without a name
+                    os.pwrite(descriptor, f"{Path(sys.argv[0]).name} (process {os.getpid()})".encode(), 0)
                 return descriptor
         os.close(descriptor)
 
@@ -2328,6 +2329,24 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, fused=trained[0].is_cuda)
 
 
+def _load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load the state of an earlier run's AdamW, but not its settings, which follow from the options.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is damaged, or other parameters learned.
+    """
+    own = optimizer.state_dict()
+    for mine, theirs in zip(own["param_groups"], saved["param_groups"], strict=True):
+        if mine["params"] != theirs["params"]:
+            raise ValueError("other parameters learned")
+    optimizer.load_state_dict(own | {"state": saved["state"]})
+    for parameter, moments in optimizer.state.items():
+        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
+            raise ValueError("they had other shapes")
+        if moments["step"].numel() != 1:
+            raise ValueError("its steps are no number")
+
+
 def average_weights(net: nn.Module, decay: float) -> AveragedModel:
     """Return a copy of `net` that becomes the exponential moving average of its weights, BatchNorm's too.
 
@@ -2466,7 +2485,7 @@ def fit(
     if resume:
         try:
             net.load_state_dict(resume["model"])
-            optimizer.load_state_dict(resume["optimizer"])
+            _load_moments(optimizer, resume["optimizer"])
             if averaged:
                 averaged.load_state_dict(resume["averaged"])
             list(map(score, history))
@@ -3067,7 +3086,7 @@ def parse_with_resume(
         The options, and the checkpoint to go on from or None.
 
     Raises:
-        ValueError: --resume names no last.pt of this stage.
+        ValueError: --resume names no last.pt of this stage, or its options cannot be.
     """
     args = parser.parse_args(argv)
     last, job = (args.out_dir or out_dir) / "last.pt", os.environ.get("TORCHELASTIC_RUN_ID")
@@ -3083,10 +3102,11 @@ def parse_with_resume(
             f"{args.resume} cannot be resumed from, it has no optimizer state; expected a last.pt"
         )
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # options that there are no longer do not matter
+        with contextlib.redirect_stderr(io.StringIO()) as usage:  # options that are gone do not matter
             began_with, _ = parser.parse_known_args(list(_as_options(resumed["config"])))
     except SystemExit:
-        raise ValueError(f"{args.resume} has options that this stage does not take; is it damaged?") from None
+        reason = usage.getvalue().rpartition("error: ")[2].strip()
+        raise ValueError(f"{args.resume} is of a run with an option that cannot be: {reason}") from None
     parser.set_defaults(**vars(began_with))
     return parser.parse_args(argv), resumed
 

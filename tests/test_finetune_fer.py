@@ -128,6 +128,22 @@ def test_resuming_with_other_weights_is_a_mistake(tmp_path, options, changed):
         finetune_fer.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2", *changed])
 
 
+def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
+    last = tmp_path / "run" / "last.pt"
+    finetune_fer.main([*options, "--out-dir", str(last.parent), "--epochs", "1"])
+    whole = torch.load(last, weights_only=True)
+    config, optimizer = whole["config"], whole["optimizer"]
+    moments = {**optimizer["state"][0], "exp_avg": torch.ones(0)}
+    for damaged, message in (
+        ({"config": {**config, "batch_size": -(2**63)}}, "argument --batch-size: .* is not between"),
+        ({"config": {**config, "mix": 7}}, "7 is no source of faces"),
+        ({"optimizer": {**optimizer, "state": {**optimizer["state"], 0: moments}}}, "its file is damaged"),
+    ):
+        torch.save(whole | damaged, last)
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            finetune_fer.main(["--resume", str(last), "--epochs", "2"])
+
+
 def test_a_folder_whose_name_no_class_may_have_is_refused_before_training(tmp_path, fer_dir, options):
     make_faces(fer_dir / "train", 3, ("so\x1b[31mred",))
     with pytest.raises(SystemExit) as stop:

@@ -92,6 +92,12 @@ def test_only_run_in_takes_a_folder_named_twice_and_leaves_none_that_stays_empty
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["result"]
 
 
+def test_only_run_in_leaves_no_lock_on_a_full_disk(tmp_path):
+    with file_size_limit(0), shared.only_run_in(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_run_in_follows_no_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".emotion.lock").symlink_to(tmp_path / "precious")

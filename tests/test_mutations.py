@@ -1,4 +1,4 @@
-"""What tests/mutate.py counts on damaged and hostile inputs of each kind, on kills of each script, and on full disks."""
+"""What tests/mutate.py counts on damaged and hostile inputs of each kind, and on faults of each script."""
 
 import json
 import subprocess
