@@ -735,7 +735,7 @@ def test_killed_run_leaves_nothing_half_and_the_next_one_clears_up(run, start, s
     write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 5)
     small.save(tmp_path / "x.png")
     stop = Path(__file__).with_name("stop_at.py")
-    for name in ("clip_emotions_timeline.png", "x_emotions.png"):
+    for name in ("x_emotions.png", "clip_emotions_timeline.png"):  # a photo does not wait for a video
         process = start(stop, "SIGKILL", 1, name, detect_emotions.__file__, tmp_path)
         assert process.wait() == -signal.SIGKILL
         assert any(path.suffix == ".tmp" for path in tmp_path.iterdir())
