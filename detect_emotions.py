@@ -2530,7 +2530,8 @@ def main(argv: list[str] | None = None) -> None:
     window = Window("emotions, q ends") if is_live else None
     # A thread more than there are cores, for a photo that is being read or written.
     num_threads = shared.num_cores() + 1 if len(plan) > 1 and not window else 1
-    kit = build_kit(args, num_threads)
+    is_album = all(source.kind == "photo" for source in plan)  # all cores search a video's frames together
+    kit = build_kit(args, num_threads if is_album else 1)
     with results.writing(kit, args.model, list(plan)):
         label_all(share_out(plan, num_processes)[rank], kit, results, window, num_threads)
     left_out["failed, see above"] += sum(not source.is_named for source in results.failures)
