@@ -519,6 +519,20 @@ def decode(packets: Iterator[av.Packet], stream: av.stream.Stream) -> Iterator[a
             yield None
 
 
+def read_picture(picture: av.VideoFrame) -> tuple[Image.Image, Sequence[int] | None]:
+    """Return a picture's RGB image, and its display matrix if it has one.
+
+    PyAV's `to_image` copies the pixels twice more, and its `side_data` keeps each picture in memory until
+    Python collects garbage.
+    """
+    from av.sidedata.sidedata import SideDataContainer
+
+    [plane] = picture.reformat(format="rgb24").planes
+    image = Image.frombytes("RGB", (plane.width, plane.height), plane, "raw", "RGB", plane.line_size, 1)
+    matrix = SideDataContainer(picture).get("DISPLAYMATRIX")
+    return image, matrix and np.frombuffer(matrix, np.int32).tolist()
+
+
 def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
     """Mirror and turn an image by a display matrix (ISO/IEC 14496-12): x goes to (a, b), y to (c, d)."""
     a, b, _, c, d, *_ = matrix
@@ -600,10 +614,8 @@ class Video:
             if time <= last:  # the timestamps are damaged, or it comes before what the file says is its start
                 num_early += time < last - MISSED
                 continue
-            image = picture.to_image()
-            matrix = picture.side_data.get("DISPLAYMATRIX")
+            image, matrix = read_picture(picture)
             if matrix:
-                matrix = np.frombuffer(matrix, np.int32).tolist()
                 image = upright(image, matrix)
             if size is None:
                 size = image.size
@@ -1286,6 +1298,7 @@ def draw_faces(
 # libx264 on 200 frames of 640x360, one run, CPU ms a frame and size: superfast 2.4 and 1144 kB, veryfast 3.3
 # and 621 kB, faster 5.8 and 653 kB, medium 9.4 and 666 kB; PSNR at this crf 44.1, 42.8, 44.0, 44.4 dB.
 ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
+LARGE_OPTIONS = {**ENCODER_OPTIONS, "tune": "zerolatency"}  # it holds no frames back, 2 GB of them in 8K
 MPEG_RANGE = 1  # FFmpeg's number for 16-235 as black to white
 COPIED_SOUND = ("aac", "mp3", "opus", "flac")  # what browsers play from MP4; all else becomes AAC
 AAC_LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # by the number of channels
@@ -1852,7 +1865,8 @@ class VideoWriter:
         self._start, self._time_base, self._colors = first.time, video.time_base, video.colors
         self._output = load_av().open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
         self._output.metadata["comment"] = MARK
-        self._stream = self._output.add_stream("libx264", rate=video.rate, options=ENCODER_OPTIONS)
+        options = LARGE_OPTIONS if video.path and video.batch_size == 1 else ENCODER_OPTIONS
+        self._stream = self._output.add_stream("libx264", rate=video.rate, options=options)
         self._odd = [(0, side % 2) for side in first.image.size[::-1]]
         self._stream.height, self._stream.width = (side + side % 2 for side in first.image.size[::-1])
         self._stream.pix_fmt = "yuv420p"

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import gc
 import itertools
 import json
 import math
@@ -647,6 +649,18 @@ def test_output_that_cannot_be_written_is_one_cause_and_one_path(label, tmp_path
         with file_size_limit(limit):
             assert label(clip) == (1, f"error: cannot write the outputs of {clip}: File too large\n")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_pictures_leave_the_memory_once_they_are_read(tmp_path):
+    write_video(tmp_path / "clip.mp4", [Image.new("RGB", (64, 48))] * 30)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.closing(detect_emotions.Video(tmp_path / "clip.mp4", 0, math.inf)) as video:
+            assert len(list(video.frames())) == 30
+        assert sum(type(each) is av.VideoFrame for each in gc.get_objects()) < 5
+    finally:
+        gc.enable()
 
 
 def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path):
