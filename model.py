@@ -2890,7 +2890,8 @@ def parse_with_resume(
         )
     defaults = resumed["config"].copy()
     for name, value in defaults.items():
-        if not (value is None or isinstance(value, bool | list)):
+        kinds = bool | list | tuple | None  # which no option's type makes of text
+        if not (isinstance(value, kinds) and isinstance(parser.get_default(name), kinds)):
             defaults[name] = str(value)  # argparse checks text, as of the command line, and nothing else
     parser.set_defaults(**defaults)
     parser.exit_on_error = False
