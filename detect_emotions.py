@@ -417,7 +417,9 @@ MAX_LATE = 5  # frames' durations that the first picture may come late; putting 
 MAX_DELAY = 16  # pictures that H.264 may hold back to put them in order
 MAX_SIDE, MAX_PIXELS = 16_384, 8192 * 4320  # of a frame: libx264's limit, and 8K
 BATCH_PIXELS = 2**25  # that are worked on together: 8 frames of full HD have half as many
-MAX_GAP = 0.7  # s between two pictures in MPEG's own formats, ISO/IEC 13818-1; elsewhere they may be rarer
+# s between two pictures in MPEG's own formats, ISO/IEC 13818-1. Elsewhere they may be rarer; in Matroska more
+# than usual means little, unless so many bytes between two packets belong to none.
+MAX_GAP, USUAL_GAP, HOLE_BYTES = 0.7, 0.1, 1000
 BT709 = 1  # FFmpeg's number for the colours of HD video
 COLORSPACES = {*range(8), 9}  # its numbers of those that it makes RGB
 
@@ -503,6 +505,20 @@ def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
     return image.rotate(angle, expand=angle % 90 == 0)
 
 
+def has_hole(path: Path) -> bool:
+    """Return whether bytes between the packets of a Matroska file belong to none, as where it is damaged."""
+    last, end = None, math.inf
+    with open_video(path) as container, suppress(load_av().error.FFmpegError, IndexError):
+        for packet in container.demux():
+            if not packet.size or packet.pos is None:
+                continue
+            if packet.pos > end + HOLE_BYTES:
+                return True
+            end = packet.size + (end if packet.pos == last else packet.pos)  # several may share a place
+            last = packet.pos
+    return False
+
+
 class Video:
     """A video file.
 
@@ -565,7 +581,8 @@ class Video:
 
     def _decode(self) -> Iterator[Frame]:
         size, last, ends, num_damaged, num_early, missing = None, Fraction(-1), Fraction(0), 0, 0, 0.0
-        max_gap = MAX_GAP if self._container.format.name in {"mpeg", "mpegts"} else math.inf
+        kind = self._container.format.name
+        max_gap = {"mpeg": MAX_GAP, "mpegts": MAX_GAP, "matroska,webm": USUAL_GAP}.get(kind, math.inf)
         for picture in self._pictures():
             if picture is None:
                 num_damaged += 1
@@ -591,7 +608,7 @@ class Video:
             yield Frame(0, time, duration, image if image.size == size else image.resize(size))
         if num_damaged:
             self.lost.append(f"damaged parts were left out or guessed: {num_damaged}")
-        if missing:
+        if missing and (max_gap != USUAL_GAP or has_hole(self.path)):
             self.lost.append(f"{missing:.1f} s in between are missing")
         if num_early:
             self.lost.append(f"pictures were left out, as the times in it go back: {num_early}")
