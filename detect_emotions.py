@@ -459,7 +459,10 @@ def demux(
                     shift = round(shifts[num_joints] / stream.time_base)
                     time, num_joints = packet.dts + shift, num_joints + 1
             max_delay = max(slack, MAX_DELAY * duration)
-            is_known = not is_damaged and packet.pts is not None and abs(packet.pts - packet.dts) <= max_delay
+            # After a pause of the picture the next ones' times of showing are far off, but by each other.
+            near = (packet.dts, after.pts if after else None)
+            is_known = not is_damaged and packet.pts is not None
+            is_known &= any(each is not None and abs(packet.pts - each) <= max_delay for each in near)
             packet.pts = packet.pts + shift if is_known else None
             packet.dts = None if is_damaged else time
             end = (end if is_damaged else time) + duration

@@ -434,10 +434,14 @@ def test_a_hole_in_a_file_is_named_and_the_sound_after_it_in_step(label, tmp_pat
         assert times[:4] == pytest.approx([0, 1, 2, 3], abs=0.03)
 
 
-def test_pictures_that_come_rarely_are_no_hole(run, moving, tmp_path):
-    clip = write_video(tmp_path / "clip.mkv", moving(6, step=0), times=[0, 1, 2, 60, 61, 200])
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_pauses_of_the_picture_are_no_hole_and_keep_their_length(run, moving, tmp_path, suffix):
+    ticks = [*range(5), *range(130, 135), *range(400, 405)]
+    clip = write_video(tmp_path / f"clip{suffix}", moving(len(ticks), step=0), times=ticks)
     code, _, err = run(clip)
-    assert (code, "missing" in err) == (0, False)
+    assert (code, err) == (0, "")
+    _, times, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert times == pytest.approx([tick / RATE for tick in ticks], abs=0.001)
 
 
 @pytest.mark.parametrize(
