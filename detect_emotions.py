@@ -414,6 +414,7 @@ def check_outputs(plan: dict[Source, dict[str, Path]], results: Collection[Path]
 # Chosen here, but for what H.264 and libx264 allow.
 MISSED = 0.5  # s that the last frame may end before a video should, and times may be off
 MAX_LATE = 5  # frames' durations that the first picture may come late; putting them in order takes two or so
+MPEG = {"mpeg", "mpegts"}  # FFmpeg's names of formats for broadcasts and discs
 MAX_DELAY = 16  # pictures that H.264 may hold back to put them in order
 MAX_SIDE, MAX_PIXELS = 16_384, 8192 * 4320  # of a frame: libx264's limit, and 8K
 BATCH_PIXELS = 2**25  # that are worked on together: 8 frames of full HD have half as many
@@ -459,10 +460,9 @@ def demux(
                     shift = round(shifts[num_joints] / stream.time_base)
                     time, num_joints = packet.dts + shift, num_joints + 1
             max_delay = max(slack, MAX_DELAY * duration)
-            # After a pause of the picture the next ones' times of showing are far off, but by each other.
-            near = (packet.dts, after.pts if after else None)
             is_known = not is_damaged and packet.pts is not None
-            is_known &= any(each is not None and abs(packet.pts - each) <= max_delay for each in near)
+            if container.format.name in MPEG:  # elsewhere the picture may pause, and be shown much later
+                is_known = is_known and abs(packet.pts - packet.dts) <= max_delay
             packet.pts = packet.pts + shift if is_known else None
             packet.dts = None if is_damaged else time
             end = (end if is_damaged else time) + duration
@@ -585,13 +585,14 @@ class Video:
     def _decode(self) -> Iterator[Frame]:
         size, last, ends, num_damaged, num_early, missing = None, Fraction(-1), Fraction(0), 0, 0, 0.0
         kind = self._container.format.name
-        max_gap = {"mpeg": MAX_GAP, "mpegts": MAX_GAP, "matroska,webm": USUAL_GAP}.get(kind, math.inf)
-        for picture in self._pictures():
+        max_gap = MAX_GAP if kind in MPEG else USUAL_GAP if kind == "matroska,webm" else math.inf
+        for picture, after in itertools.pairwise(itertools.chain(self._pictures(), [None])):
             if picture is None:
                 num_damaged += 1
                 continue
             num_damaged += picture.is_corrupt
-            time = ends if picture.pts is None else picture.pts * self.time_base - self.origin
+            is_timed = picture.pts is not None and not (after and (after.pts or math.inf) <= picture.pts)
+            time = picture.pts * self.time_base - self.origin if is_timed else ends
             if time <= last:  # the timestamps are damaged, or it comes before what the file says is its start
                 num_early += time < last - MISSED
                 continue

@@ -514,6 +514,24 @@ def make_emotions(rng: random.Random, work: Path, seeds: Path) -> Case:
     return Case("download_data", argv)
 
 
+def make_journal(rng: random.Random, work: Path, seeds: Path) -> Case:
+    """Change what a stopped run leaves of a table; of a line that is whole, nothing that is plausible."""
+    shutil.copytree(seeds / "journals", work / "out", dirs_exist_ok=True)
+    shutil.copytree(seeds / "photos", work / "photos", copy_function=shutil.copy2)
+    journal = work / "out" / rng.choice((".faces.csv.journal", ".tracks.csv.journal"))
+    data = journal.read_bytes()
+    if rng.random() < 0.5:
+        data = data[: rng.randrange(len(data))]
+    else:
+        lines = data.splitlines(keepends=True)
+        junk = rng.choice((rng.randbytes(50), *(text.encode(errors="replace") for text in TEXTS)))
+        lines.insert(rng.randrange(len(lines) + 1), junk + rng.choice((b"", b"\n")))
+        data = b"".join(lines)
+    journal.write_bytes(data)
+    return Case("detect_emotions", JOURNALED.split())
+
+
+JOURNALED = "photos --out-dir out --csv out/faces.csv --summary out/tracks.csv"
 QUICK = ["--limit", "2", "--retries", "0", "--timeout", "1", "--delay", "0"]
 TABLES = (make_fer_table, make_unpacked, make_votes, make_review, make_manifest, make_list, make_emotions)
 
