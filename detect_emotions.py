@@ -1406,15 +1406,15 @@ class Table:
     def _read(self) -> None:
         """Find where in the journal the rows of inputs begin and end, in bytes."""
         self._parts, self._end = {}, 0
-        damages = (OSError, ValueError, LookupError, TypeError)
+        damages = (OSError, ValueError, LookupError, TypeError, RecursionError)
         with suppress(*damages), self.journal.open("rb") as file:
             if self._is_anew or file.readline() != self._head:
                 return
             start = end = file.tell()
             for line in file:
                 end += len(line)
-                if line.startswith(b"{"):
-                    note = json.loads(line)
+                note = json.loads(line)
+                if not isinstance(note, list):  # of which each is a row
                     if note["stamp"] and note["stamp"] == self._stamps.get(note["file"]):
                         self._parts[note["file"]] = (start, end - len(line))
                     self._end = start = end
