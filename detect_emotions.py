@@ -453,10 +453,13 @@ def check_outputs(plan: dict[Source, dict[str, Path]], results: Collection[Path]
 # Chosen here, but for what H.264 and libx264 allow.
 MISSED = 0.5  # s that the last frame may end before a video should, and times may be off
 MAX_LATE = 5  # frames' durations that the first picture may come late; putting them in order takes two or so
+MPEG = {"mpeg", "mpegts"}  # FFmpeg's names of formats for broadcasts and discs
 MAX_DELAY = 16  # pictures that H.264 may hold back to put them in order
 MAX_SIDE, MAX_PIXELS = 16_384, 8192 * 4320  # of a frame: libx264's limit, and 8K
 BATCH_PIXELS = 2**25  # that are worked on together: 8 frames of full HD have half as many
-MAX_GAP = 0.7  # s between two pictures in MPEG's own formats, ISO/IEC 13818-1; elsewhere they may be rarer
+# s between two pictures in MPEG's own formats, ISO/IEC 13818-1. Elsewhere they may be rarer; in Matroska more
+# than usual means little, unless so many bytes between two packets belong to none.
+MAX_GAP, USUAL_GAP, HOLE_BYTES = 0.7, 0.1, 1000
 BT709 = 1  # FFmpeg's number for the colours of HD video
 COLORSPACES = {*range(8), 9}  # its numbers of those that it makes RGB
 
@@ -496,7 +499,9 @@ def demux(
                     shift = round(shifts[num_joints] / stream.time_base)
                     time, num_joints = packet.dts + shift, num_joints + 1
             max_delay = max(slack, MAX_DELAY * duration)
-            is_known = not is_damaged and packet.pts is not None and abs(packet.pts - packet.dts) <= max_delay
+            is_known = not is_damaged and packet.pts is not None
+            if container.format.name in MPEG:  # elsewhere the picture may pause, and be shown much later
+                is_known = is_known and abs(packet.pts - packet.dts) <= max_delay
             packet.pts = packet.pts + shift if is_known else None
             packet.dts = None if is_damaged else time
             end = (end if is_damaged else time) + duration
@@ -540,6 +545,20 @@ def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
         image, a, b = ImageOps.mirror(image), -a, -b
     angle = -round(math.degrees(math.atan2(b, a)))
     return image.rotate(angle, expand=angle % 90 == 0)
+
+
+def has_hole(path: Path) -> bool:
+    """Return whether bytes between the packets of a Matroska file belong to none, as where it is damaged."""
+    last, end = None, math.inf
+    with open_video(path) as container, suppress(load_av().error.FFmpegError, IndexError):
+        for packet in container.demux():
+            if not packet.size or packet.pos is None:
+                continue
+            if packet.pos > end + HOLE_BYTES:
+                return True
+            end = packet.size + (end if packet.pos == last else packet.pos)  # several may share a place
+            last = packet.pos
+    return False
 
 
 class Video:
@@ -604,13 +623,15 @@ class Video:
 
     def _decode(self) -> Iterator[Frame]:
         size, last, ends, num_damaged, num_early, missing = None, Fraction(-1), Fraction(0), 0, 0, 0.0
-        max_gap = MAX_GAP if self._container.format.name in {"mpeg", "mpegts"} else math.inf
-        for picture in self._pictures():
+        kind = self._container.format.name
+        max_gap = MAX_GAP if kind in MPEG else USUAL_GAP if kind == "matroska,webm" else math.inf
+        for picture, after in itertools.pairwise(itertools.chain(self._pictures(), [None])):
             if picture is None:
                 num_damaged += 1
                 continue
             num_damaged += picture.is_corrupt
-            time = ends if picture.pts is None else picture.pts * self.time_base - self.origin
+            is_timed = picture.pts is not None and not (after and (after.pts or math.inf) <= picture.pts)
+            time = picture.pts * self.time_base - self.origin if is_timed else ends
             if time <= last:  # the timestamps are damaged, or it comes before what the file says is its start
                 num_early += time < last - MISSED
                 continue
@@ -630,7 +651,7 @@ class Video:
             yield Frame(0, time, duration, image if image.size == size else image.resize(size))
         if num_damaged:
             self.lost.append(f"damaged parts were left out or guessed: {num_damaged}")
-        if missing:
+        if missing and (max_gap != USUAL_GAP or has_hole(self.path)):
             self.lost.append(f"{missing:.1f} s in between are missing")
         if num_early:
             self.lost.append(f"pictures were left out, as the times in it go back: {num_early}")
@@ -1403,15 +1424,15 @@ class Table:
         """Find where in the journals the rows of inputs begin and end, in bytes."""
         self.parts, self._end = {}, 0
         for journal in [] if self._is_anew else self._journals():
-            damages = (OSError, ValueError, LookupError, TypeError)
+            damages = (OSError, ValueError, LookupError, TypeError, RecursionError)
             with suppress(*damages), journal.open("rb") as file:
                 if file.readline() != self._head:
                     continue
                 start = end = file.tell()
                 for line in file:
                     end += len(line)
-                    if line.startswith(b"{"):
-                        note = json.loads(line)
+                    note = json.loads(line)
+                    if not isinstance(note, list):  # of which each is a row
                         if note["stamp"] and note["stamp"] == self._stamps.get(note["file"]):
                             self.parts[note["file"]] = (journal, start, end - len(line))
                         start = end

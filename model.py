@@ -2668,6 +2668,10 @@ def read_exported(path: Path) -> Blueprint:
         notes = json.loads(model.get_rt_info([*place, "emotion_detector"]).value)
         notes = {name: notes[name] for name in NOTES}
         _check_values(notes)
+        side, count = notes["image_size"], len(notes["classes"])
+        shapes = [port.get_partial_shape() for port in (model.input(), model.output())]  # of one each
+        if shapes != [openvino.PartialShape([-1, side, side, 1]), openvino.PartialShape([-1, count])]:
+            raise ValueError("it takes or gives something else")
     except (RuntimeError, ValueError, LookupError, TypeError):
         what = "a network that this toolkit exported"
         raise ValueError(f"{path} is not {what}; make one by detect_emotions.py --export") from None

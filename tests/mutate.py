@@ -19,6 +19,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import importlib.util
 import io
 import json
 import lzma
@@ -72,7 +73,7 @@ MODULES = (
     unpack_fer_data,
 )
 MAINS = {module.__name__: module.main for module in MODULES}
-HANG_S = 120
+HANG_S = 300  # a busy machine may let one wait for a minute
 MAX_ADDRESS_SPACE = 12 * 2**30  # bytes; what a bomb gets at most
 BATCH = {"photos": 50, "videos": 5}  # inputs that one call gets, as a folder
 CLASSES = ("angry", "happy")
@@ -356,6 +357,10 @@ def make_seeds(folder: Path, worker: "Worker") -> Path:
         for name, options in RUNS.items():
             result = worker.run(name, options.replace("OUT", name).split(), folder)
             assert result.code == 0, (name, result.stderr)
+    export = "--model finetune_emotion/best.pt --export network"
+    for options in (JOURNALED.replace("OUT", "journals"), *(export + suffix for suffix in EXPORTS)):
+        result = worker.run("detect_emotions", options.split(), folder)
+        assert result.code == 0, (options, result.stderr)
     return folder
 
 
@@ -382,6 +387,7 @@ class Case(NamedTuple):
     script: str
     argv: list[str]
     num_inputs: int = 1
+    expected: Path | None = None  # folder of the files that a run that ends well leaves in out/
 
 
 def make_photos(rng: random.Random, work: Path, seeds: Path) -> Case:
@@ -514,13 +520,50 @@ def make_emotions(rng: random.Random, work: Path, seeds: Path) -> Case:
     return Case("download_data", argv)
 
 
+def make_journal(rng: random.Random, work: Path, seeds: Path) -> Case:
+    """Change what a stopped run leaves of a table; of a line that is whole, nothing that is plausible."""
+    shutil.copytree(seeds / "journals", work / "out", dirs_exist_ok=True)
+    shutil.copytree(seeds / "photos", work / "photos")
+    journal = work / "out" / rng.choice((".faces.csv.journal", ".tracks.csv.journal"))
+    data = journal.read_bytes()
+    if rng.random() < 0.5:
+        data = data[: rng.randrange(len(data))]
+    else:
+        lines = data.splitlines(keepends=True)
+        junk = rng.choice((rng.randbytes(50), *(text.encode(errors="replace") for text in TEXTS)))
+        lines.insert(rng.randrange(len(lines) + 1), junk + rng.choice((b"", b"\n")))
+        data = b"".join(lines)
+    journal.write_bytes(data)
+    return Case("detect_emotions", JOURNALED.replace("OUT", "out").split(), expected=seeds / "journals")
+
+
+JOURNALED = "photos --out-dir OUT --csv OUT/faces.csv --summary OUT/tracks.csv"
 QUICK = ["--limit", "2", "--retries", "0", "--timeout", "1", "--delay", "0"]
 TABLES = (make_fer_table, make_unpacked, make_votes, make_review, make_manifest, make_list, make_emotions)
+TABLES += (make_journal,)
 
 
 def make_tables(rng: random.Random, work: Path, seeds: Path) -> Case:
     """Change a table or JSON that a script reads."""
     return rng.choice(TABLES)(rng, work, seeds)
+
+
+EXPORTS = [
+    suffix for suffix in shared.EXPORTED if suffix != ".onnx" or importlib.util.find_spec("onnxscript")
+]
+
+
+def make_exports(rng: random.Random, work: Path, seeds: Path) -> Case:
+    """Change an exported network, or the weights beside it."""
+    suffix = rng.choice(EXPORTS)
+    for path in seeds.glob("network.*"):
+        shutil.copy(path, work)
+    path = work / rng.choice([f"network{suffix}"] * 2 + (["network.bin"] if suffix == ".xml" else []))
+    data = path.read_bytes()
+    change = change_text if path.suffix == ".xml" and rng.random() < 0.7 else change_bytes
+    path.write_bytes(change(rng, data.decode() if change is change_text else data))
+    argv = f"{seeds}/photos/0.jpg --out-dir out --json --model {work}/network{suffix}"
+    return Case("detect_emotions", argv.split())
 
 
 def make_checkpoints(rng: random.Random, work: Path, seeds: Path) -> Case:
@@ -551,7 +594,7 @@ def make_checkpoints(rng: random.Random, work: Path, seeds: Path) -> Case:
         path = shutil.copy(seeds / source, work / "some.pt")
         script, argv = {
             "evaluate": ("finetune_fer", f"--data-dir {seeds}/faces --evaluate some.pt"),
-            "model": ("detect_emotions", f"{seeds}/photos/0.jpg --out-dir out --json --model some.pt"),
+            "model": ("detect_emotions", f"{seeds}/photos/0.jpg --out-dir out --json --model {path}"),
             "init": (
                 "finetune_fer",
                 RUNS["finetune_fer"].replace("gray.pt", "some.pt").replace("faces", f"{seeds}/faces"),
@@ -717,13 +760,19 @@ def left_out(result: Result) -> Counter:
     )
 
 
+def equals(folder: Path, expected: Path) -> bool:
+    """Return whether a folder has the tables of another, to the byte."""
+    return all((folder / path.name).read_bytes() == path.read_bytes() for path in expected.glob("*.csv"))
+
+
 MAKERS: dict[str, Callable[[random.Random, Path, Path], Case]] = {
     "photos": make_photos,
     "videos": make_videos,
     "tables": make_tables,
     "checkpoints": make_checkpoints,
+    "exports": make_exports,
 }
-WRONG = ("traceback", "crash", "hang", "stray files", "changed outside", "unaccounted")
+WRONG = ("traceback", "crash", "hang", "stray files", "changed outside", "unaccounted", "unequal")
 
 
 def note(counts: Counter, what: str, number: int, folder: Path) -> None:
@@ -759,6 +808,8 @@ def try_kind(kind: str, count: int, seed: int, base: Path, worker: Worker) -> Co
         note(counts, str(ended), int(is_wrong), folder)
         note(counts, "stray files", len(strays(folder)), folder)
         note(counts, "changed outside", len(others.items() ^ after.items()), folder)
+        is_equal = not case.expected or result.code != 0 or equals(work / "out", case.expected)
+        note(counts, "unequal", not is_equal, folder)
         note(counts, "unaccounted", num_unaccounted(result, case) if not is_wrong else 0, folder)
         if counts.total() == before:
             shutil.rmtree(folder)

@@ -1271,6 +1271,24 @@ def test_a_network_of_another_program_is_refused(tmp_path, name, content, said):
         )
 
 
+def test_an_exported_network_that_takes_something_else_is_refused(tmp_path, small_model):
+    from openvino import Model, opset8, save_model
+
+    faces = opset8.parameter([-1, 4])
+    model = Model([opset8.relu(faces)], [faces])
+    model.set_rt_info(json.dumps(shared.draw_up(small_model).notes), "emotion_detector")
+    save_model(model, tmp_path / "other.xml")
+    with pytest.raises(ValueError, match="not a network that this toolkit exported"):
+        shared.Classifier(tmp_path / "other.xml", "cpu")
+
+
+def test_an_export_on_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, small_model):
+    with file_size_limit(1000), pytest.raises(SystemExit) as stop:
+        detect_emotions.main(["--model", str(small_model), "--export", str(tmp_path / "a.xml")])
+    assert stop.value.code == f"error: cannot write {tmp_path / 'a.xml'}: the disk may be full"
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_wants_a_name_of_a_known_format(tmp_path, small_model):
     with pytest.raises(SystemExit, match=r"ends in \.onnx or \.xml"):
         detect_emotions.main(["--model", str(small_model), "--export", str(tmp_path / "a.tflite")])

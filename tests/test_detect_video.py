@@ -328,25 +328,25 @@ def test_video_without_a_face_is_a_result(run, tmp_path):
 
 
 def write_beeps(
-    path, starts=(0, 0), *, codec="libx264", sound="aac", rate=48000, layout="mono", keyframes=RATE
+    path, starts=(0, 0), *, codec="libx264", sound="aac", rate=48000, layout="mono", keyframes=RATE, length=3
 ):
-    """Write 3 s of picture and of sound from their `starts` on, s; each full second a flash and a beep."""
+    """Write picture and sound, `length` s from their `starts` on; each full second a flash and a beep."""
     with av.open(str(path), "w") as output:
         options = {"g": str(keyframes), "sc_threshold": "0"}  # no others where the picture changes
         picture = output.add_stream(codec, rate=RATE, options=options)
         picture.width, picture.height, picture.pix_fmt = 160, 120, "yuv420p"
         tone = output.add_stream(sound, rate=rate, layout=layout)
         first, num_samples = round(starts[0] * RATE), 1024
-        for i in range(first, first + 3 * RATE):
+        for i in range(first, first + length * RATE):
             color = "white" if i % RATE < 3 else "black"
             frame = av.VideoFrame.from_image(Image.new("RGB", (160, 120), color))
             frame.pts, frame.time_base = i, Fraction(1, RATE)
             output.mux(picture.encode(frame))
         output.mux(picture.encode(None))
         begin = round(starts[1] * rate)
-        for start in range(begin, begin + 3 * rate, num_samples):
+        for start in range(begin, begin + length * rate, num_samples):
             seconds = np.arange(start, start + num_samples) / rate
-            is_loud = (seconds % 1 < 0.1) & (seconds < starts[1] + 3)
+            is_loud = (seconds % 1 < 0.1) & (seconds < starts[1] + length)
             wave = (np.sin(2 * np.pi * 1000 * seconds) * is_loud).astype(np.float32)
             channels = 1 if layout == "mono" else 2
             frame = av.AudioFrame.from_ndarray(np.tile(wave, (channels, 1)), "fltp", layout)
@@ -418,6 +418,31 @@ def test_cut_sound_keeps_its_distance_to_the_picture(label, tmp_path):
         flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
         assert flashes == pytest.approx([0.48, 1.48], abs=0.03)
         assert beeps == pytest.approx(flashes, abs=0.03)
+
+
+@pytest.mark.parametrize("sound", ["pcm_s16le", "libopus", "ac3"])
+def test_a_hole_in_a_file_is_named_and_the_sound_after_it_in_step(label, tmp_path, sound):
+    clip = write_beeps(tmp_path / "clip.mkv", sound=sound, length=10)
+    data = clip.read_bytes()
+    start, end = (int(len(data) * share) for share in (0.4, 0.6))
+    clip.write_bytes(data[:start] + bytes(end - start) + data[end:])
+    code, err = label(clip)
+    assert code == 1
+    assert re.fullmatch(rf"error: {clip}: .*[23].\d s in between are missing; the rest is labelled\n", err)
+    flashes, beeps = flashes_and_beeps(tmp_path / "clip_emotions.mp4")
+    for times in (flashes, beeps):  # of the picture, the first after the hole may be lost
+        assert [time for time in times if time > 7.5] == pytest.approx([8, 9], abs=0.03)
+        assert times[:4] == pytest.approx([0, 1, 2, 3], abs=0.03)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_pauses_of_the_picture_are_no_hole_and_keep_their_length(run, moving, tmp_path, suffix):
+    ticks = [*range(5), *range(130, 135), 300, *range(400, 405)]
+    clip = write_video(tmp_path / f"clip{suffix}", moving(len(ticks), step=0), times=ticks)
+    code, _, err = run(clip)
+    assert (code, err) == (0, "")
+    _, times, _ = read_video(tmp_path / "clip_emotions.mp4")
+    assert times == pytest.approx([tick / RATE for tick in ticks], abs=0.001)
 
 
 @pytest.mark.parametrize(

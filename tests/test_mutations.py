@@ -15,7 +15,10 @@ WRONG += ("half files", "not resumed", "unequal", "no line")  # after a kill, or
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("photos", 100), ("videos", 100), ("tables", 100), ("checkpoints", 100), ("kills", 20), ("disks", 40)],
+    [
+        *((kind, 100) for kind in ("photos", "videos", "tables", "checkpoints", "exports")),
+        *(("kills", 20), ("disks", 40)),
+    ],
 )
 def test_damaged_and_hostile_inputs_end_in_a_line(kind, count, tmp_path):
     if kind == "disks":

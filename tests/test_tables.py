@@ -173,7 +173,9 @@ def test_journal_that_is_cut_short_or_damaged_costs_only_what_is_lost(run, album
     notes = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
     assert (notes[0]["written_by"], notes[0]["every"]) == (MARK, 3)
     assert [Path(note["file"]).name for note in notes[1:]] == ["a.png", "b.png", "clip.mp4", "wall.png"]
-    for content in (whole[:-10], whole[: len(whole) // 2], whole + b'{"file": "x'):
+    head, *rest = whole.splitlines(keepends=True)
+    damaged = [b"".join([head, *rest[:2], junk, *rest[2:]]) for junk in (b"7\n", b"NaN", b"[" * 10**5, b"\n")]
+    for content in (whole[:-10], whole[: len(whole) // 2], whole + b'{"file": "x', *damaged):
         journal.write_bytes(content)
         assert run(album, "--csv", table)[0] == 0
         assert (table.read_bytes(), journal.read_bytes()) == (expected, whole)
