@@ -642,7 +642,7 @@ def call(script: str, argv: list[str], work: Path) -> int:
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
-    except BaseException:
+    except BaseException:  # whatever escapes a script is what is looked for here: it counts as a traceback
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
@@ -871,7 +871,7 @@ def half_files(folder: Path) -> int:
         ):
             try:
                 content(path)
-            except Exception:
+            except Exception:  # each reader has its own errors of a file that is not whole
                 count += 1
     return count
 
