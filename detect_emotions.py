@@ -46,7 +46,7 @@ import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -83,7 +83,6 @@ KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # cop
 # An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
 MARK = "Emotion detector, detect_emotions.py"
 TABLES = (b"file,face,", b"file,track,", b"file,frame,track,", b"frame,time,track,", b"track,first,last,")
-VIDEO_WORK = 30  # times as much as a photo of as many bytes: 7 s a MB, and 0.24 s, on two cores
 MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
 REPORT_PAGE = shared.RESOURCES / "report.html"
@@ -269,6 +268,8 @@ def is_own(path: Path) -> bool:
 
 
 # --- plan ---
+
+VIDEO_WORK = 30  # times as much as a photo of as many bytes: 7 s a MB, and 0.24 s, on two cores
 
 
 class Kit(NamedTuple):
@@ -1388,7 +1389,7 @@ class Table:
         parts: where the rows of finished inputs are: a journal, and first and last byte.
     """
 
-    def __init__(self, path: Path, settings: dict, sources: Sequence[Source], is_anew: bool, rank: int = 0):
+    def __init__(self, path: Path, settings: dict, sources: Sequence[Source], is_anew: bool):
         """Find out what the journal has of the `sources`, in whose order the rows will be.
 
         Args:
@@ -1396,14 +1397,13 @@ class Table:
             settings: on which the rows depend, as JSON.
             sources: all, be they finished or not.
             is_anew: take nothing from the journal.
-            rank: of this process among those that work together.
 
         Raises:
             ValueError: there is no package that writes Parquet.
         """
         if path.suffix.lower() == ".parquet" and not importlib.util.find_spec("pyarrow"):
             raise ValueError(f"{path} needs pyarrow, which is not there; pip install pyarrow, or name a .csv")
-        self.path, self._is_anew, self._rank = path, is_anew, rank
+        self.path, self._is_anew, (rank, _) = path, is_anew, shared.place()
         self.journal = path.with_name(f".{path.name}.journal{f'-{rank}' if rank else ''}")
         about = {"written_by": MARK, "format": JOURNAL_FORMAT, **settings}
         self._head = f"{json.dumps(about)}\n".encode()
@@ -1459,7 +1459,7 @@ class Table:
             BlockingIOError: another run is at work on it.
             ValueError: another run has just taken its journal away.
         """
-        with nullcontext() if self._rank else shared.only_writer_of(self.path):
+        with shared.only_writer_of(self.path):
             known = self.parts
             self._read()
             if not known.items() <= self.parts.items():
@@ -1473,7 +1473,7 @@ class Table:
                 with self.journal.open("ab") as self._file:
                     self.begin()
                     yield
-                if not self._rank:
+                if shared.place()[0] == 0:
                     self._write(columns)
             finally:
                 if not self.parts:
@@ -2069,14 +2069,13 @@ class Results:
         is_anew: bool,
         overwrite: bool,
         keep_empty: bool,
-        rank: int = 0,
     ):
         """Find out what there is already.
 
         Args:
             style: see above.
             paths: of the files, by option.
-            sources, settings, is_anew, rank: see `Table`.
+            sources, settings, is_anew: see `Table`.
             overwrite: see `check_replaceable`.
             keep_empty: see `model.face_rows`.
 
@@ -2085,9 +2084,9 @@ class Results:
         """
         self.style, self._keep_empty, self._report_path = style, keep_empty, paths.get("--report")
         self.failures: dict[Source, str] = {}
-        self.is_first = not rank
+        self.is_first = shared.place()[0] == 0
         self.tables = {
-            option: Table(path, settings, sources, is_anew, rank)
+            option: Table(path, settings, sources, is_anew)
             for option, path in paths.items()
             if option != "--report"
         }
@@ -2555,7 +2554,6 @@ def main(argv: list[str] | None = None) -> None:
         is_anew=is_anew,
         overwrite=args.overwrite,
         keep_empty=args.empty_rows,
-        rank=rank,
     )
     tables = list(results.tables.values())
     if not is_anew:

@@ -3,7 +3,7 @@
 The parts stand in the order in which data flows through them, and use only what stands above them:
 
     constants     the emotions, the size and statistics of the network's input
-    processes     several that torchrun starts, as one: `join_others`, `place`
+    processes     several that torchrun starts, as one: `join_others`, `place`, `gather`
     files         writing whole files or none, one run at a time: `replacing`, `only_run_in`, `filling_page`
     pictures      the one way to open a picture: `open_picture`
     engine        a network ready to run, by OpenVINO or torch: `Engine`
@@ -131,6 +131,8 @@ def join_others(*, is_quiet: bool = False) -> tuple[int, int]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     torch.set_num_threads(num_cores())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if is_quiet and rank:
         sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     return rank, world
@@ -299,15 +301,12 @@ def only_run_in(*folders: Path) -> Iterator[None]:
     The lock is the operating system's: it ends with the process, however that ends. Its file, .emotion.lock
     in the folder, says who holds it and goes when the block ends. Folders are made if need be, and go again
     if they stay empty. On a file system without locks the block just runs. Of processes that joined each
-    other the first holds the lock.
+    other the first holds the locks, here and in `only_writer_of`.
 
     Raises:
         BlockingIOError: another run works there; the message names it.
         OSError: a folder cannot be made or written into.
     """
-    if place()[0]:
-        yield
-        return
     missing = [path for folder in folders for path in (folder, *folder.parents) if not path.exists()]
     try:
         with contextlib.ExitStack() as stack:
@@ -315,7 +314,7 @@ def only_run_in(*folders: Path) -> Iterator[None]:
                 stack.enter_context(_locked(path / ".emotion.lock", folder))
             yield
     finally:
-        for path in missing:
+        for path in missing if place()[0] == 0 else ():
             with contextlib.suppress(OSError):  # it holds something
                 path.rmdir()
 
@@ -329,7 +328,7 @@ def only_writer_of(path: Path) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _locked(lock: Path, what: Path) -> Iterator[None]:
     """Hold a lock by its file while the block runs; `what` is what a message says is in use."""
-    if not fcntl:
+    if not fcntl or place()[0]:
         yield
         return
     try:
@@ -2291,10 +2290,7 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[
         for inputs, target in itertools.islice(batches, rank, None, world):
             outputs = net(inputs.contiguous(memory_format=torch.channels_last))
             pairs.append((outputs.cpu(), target.cpu()))
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, pairs)
-        pairs = [pair for turn in itertools.zip_longest(*parts) for pair in turn if pair]
+    pairs = [pair for turn in itertools.zip_longest(*gather(pairs)) for pair in turn if pair]
     outputs, targets = zip(*pairs, strict=True)
     return torch.cat(outputs), torch.cat(targets)
 
