@@ -1180,7 +1180,7 @@ def small_model(tmp_path_factory):
     return write_checkpoint(folder / "best.pt", net, classes, crop_margin=0.1, temperature=0.5)
 
 
-@pytest.mark.parametrize("suffix", shared.EXPORTED)
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.slow), ".xml"])
 def test_an_exported_model_gives_the_probabilities_of_its_checkpoint(tmp_path, capsys, small_model, suffix):
     if suffix == ".onnx":
         pytest.importorskip("onnxscript", reason="no ONNX; pip install onnx onnxscript onnxruntime")
@@ -1285,6 +1285,7 @@ def test_export_wants_a_name_of_a_known_format(tmp_path, small_model):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_export_reports_nothing_to_openvino(tmp_path):
     code = (
         "import sys, model; from pathlib import Path; model.export_network(*map(Path, sys.argv[1:]))\n"

@@ -310,6 +310,7 @@ def test_cache_that_cannot_be_written_is_one_line_and_no_error(faces, sample, ca
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_can_detect(start, sample_photo, tmp_path):
     pytest.importorskip("openvino", reason=NO_OPENVINO)
     code = (

@@ -63,6 +63,7 @@ def run_until(start, stop, number, options, out_dir):
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, options, start):
     web = make_faces(tmp_path / "web", 20)
     options += ["--ema", "0.9", "--balance", "0.5", "--mixup", "0.2", "--mix", f"{web}=2"]
