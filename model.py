@@ -51,6 +51,7 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -570,7 +571,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 # How many images an engine takes at once, filled up to one of these: OpenVINO prepares for each shape that it
 # meets. Batches of more are no faster on two cores.
 BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-CACHE_DAYS = 30  # chosen here; each change of weights or versions leaves up to 200 MB behind
+# Chosen here. Each model, and each change of versions, leaves up to 200 MB behind.
+CACHE_DAYS = 30  # that what is kept may be unused
+CACHE_KEPT = 4  # models, those used last
 CACHED = re.compile(r"(pnet|rnet|onet|classifier)-[0-9a-f]{16}(\.bin)?")  # .bin: of earlier versions
 
 
@@ -805,7 +808,7 @@ def _convert(blueprint: Blueprint, any_size: bool) -> openvino.Model:  # noqa: F
 
 
 def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
-    """Put a converted network into the cache, all of it or nothing, and take out what is long unused."""
+    """Put a converted network into the cache, all of it or nothing, and take out what is little used."""
     import openvino
 
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -818,9 +821,14 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
             path.chmod(0o600)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    for other in folder.parent.iterdir():
-        if CACHED.fullmatch(other.name) and time.time() - other.stat().st_mtime > CACHE_DAYS * 24 * 3600:
-            other.unlink() if other.is_file() else shutil.rmtree(other)
+    with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
+        ages = {path: time.time() - path.stat().st_mtime for path in folder.parent.iterdir()}
+        num_kept = Counter()
+        for path in sorted(filter(lambda path: CACHED.fullmatch(path.name), ages), key=ages.get):
+            name = path.name.split("-")[0]
+            num_kept[name] += 1
+            if num_kept[name] > CACHE_KEPT or ages[path] > CACHE_DAYS * 24 * 3600:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 # --- faces ---

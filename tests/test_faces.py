@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -299,6 +300,18 @@ def test_cache_forgets_its_own_that_were_not_used_for_long(cache):
     assert foreign.exists()
     assert not old.exists()
     assert not earlier.exists()
+
+
+def test_cache_keeps_the_networks_of_the_four_models_that_were_used_last(cache):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
+    for age, number in enumerate("654321"):
+        for name in ("classifier", "pnet"):
+            (cache / f"{name}-{number * 16}").mkdir(parents=True)
+            os.utime(cache / f"{name}-{number * 16}", (time.time() - 60 * age, time.time() - 60 * age))
+    shared.FaceFinder(min_face_size=20)  # keeps one of PNet, and none of the classifier
+    assert {path.name[-1] for path in cache.glob("classifier-*")} == set("6543")
+    assert len(list(cache.glob("pnet-*"))) == 4
+    assert not (cache / f"pnet-{16 * str(3)}").exists()
 
 
 def test_cache_that_cannot_be_written_is_one_line_and_no_error(faces, sample, cache, capsys):
