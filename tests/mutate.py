@@ -39,7 +39,7 @@ import time
 import traceback
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -782,8 +782,11 @@ def note(counts: Counter, what: str, number: int, folder: Path) -> None:
         tqdm.write(f"{what}: {folder}", file=sys.stderr)
 
 
-def try_kind(kind: str, count: int, seed: int, base: Path, worker: Worker) -> Counter:
-    """Run cases of a kind; return the counts."""
+def try_kind(
+    kind: str, count: int, seed: int, base: Path, context: multiprocessing.context.BaseContext
+) -> Counter:
+    """Run cases of a kind, each script's in a process of its own; return the counts."""
+    workers = defaultdict(lambda: Worker(context))
     counts, size = Counter(dict.fromkeys(WRONG, 0)), BATCH.get(kind, 1)
     for number in tqdm(range(math.ceil(count / size)), kind, disable=None):
         rng = random.Random(f"{seed} {kind} {number}")
@@ -796,7 +799,7 @@ def try_kind(kind: str, count: int, seed: int, base: Path, worker: Worker) -> Co
         for name in ("stdout", "stderr"):
             (folder / name).touch()
         others = state(work, work / "out") | state(base, folder)
-        result = worker.run(case.script, case.argv, work)
+        result = workers[case.script].run(case.script, case.argv, work)
         after = state(work, work / "out") | state(base, folder)
         counts["inputs"] += case.num_inputs
         failed = left_out(result)["failed, see above"] if case.num_inputs > 1 else result.code == 1
@@ -818,7 +821,8 @@ def try_kind(kind: str, count: int, seed: int, base: Path, worker: Worker) -> Co
             (folder / "command").write_text(command)
         counts["peak MB"] = max(counts["peak MB"], result.peak >> 20)
         counts["slowest s"] = max(counts["slowest s"], round(result.seconds, 1))
-    worker.stop()
+    for worker in workers.values():
+        worker.stop()
     return counts
 
 
@@ -994,7 +998,7 @@ def main() -> None:
         if kind in ("kills", "disks"):
             counts[kind] = try_faults(kind, math.ceil(args.count / 10), args.seed, base, context)
         else:
-            counts[kind] = try_kind(kind, args.count, args.seed, base, worker)
+            counts[kind] = try_kind(kind, args.count, args.seed, base, context)
     if not list(base.glob("*-*")):
         shutil.rmtree(base)
     print(json.dumps(counts))
