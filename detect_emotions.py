@@ -11,7 +11,7 @@ torchrun shares a folder out to several processes.
 
 The parts stand in the order in which a picture passes through them: sources (what is to be labelled), plan
 (where the outputs go), frames (reading videos and cameras), tracks, privacy (hiding faces), labels (drawing),
-outputs (tables, crops, videos, plots, the live window), report, main.
+outputs (tables, crops, videos, plots, the live window), report, results (all of these together), main.
 
 Usage:
     python detect_emotions.py resources/sample.jpg --out-dir runs/labelled
@@ -1797,11 +1797,6 @@ class Summary:
             figure.savefig(path, dpi=120, format="png", metadata={"Software": MARK})
 
 
-def new_summary(kit: Kit) -> Summary:
-    """Return an empty summary of one input."""
-    return Summary(kit.classifier.classes, list(kit.colors))
-
-
 def fits_mp4(source: av.AudioStream) -> bool:
     """Return whether a stream can be copied to MP4, which takes no MP3 below 16 kHz and nothing unknown."""
     av = load_av()
@@ -2049,6 +2044,9 @@ def open_report(
         add({"failed": [shared.printable(failure) for failure in failures.values()]})
 
 
+# --- results ---
+
+
 class Results:
     """What all inputs make together: standard output, --csv, --summary, --save-crops and --report.
 
@@ -2142,7 +2140,7 @@ class Results:
         self.add(record, image)
         if self._report:
             self._report.add_photo(record, image)
-        summary = new_summary(self._kit)
+        summary = Summary(self._kit.classifier.classes, list(self._kit.colors))
         if "--summary" in self.tables:
             summary.add(
                 Frame(0, Fraction(0), Fraction(1), image), [{"track": 0, **face} for face in record["faces"]]
@@ -2246,7 +2244,7 @@ def label_video(
         ValueError: no frame could be read.
         OSError: an output could not be written.
     """
-    summary, drawn, writer = new_summary(kit), {}, None
+    summary, drawn, writer = Summary(kit.classifier.classes, list(kit.colors)), {}, None
     with ExitStack() as stack:
         parts = {part: stack.enter_context(shared.replacing(path)) for part, path in outputs.items()}
         stack.enter_context(writing_outputs(video.name))
