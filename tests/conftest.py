@@ -29,10 +29,6 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# What the tests compile is of no use to the user; it goes when they end.
-CACHE = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = CACHE.name
-
 
 # --- which tests run, and what is said of the others ---
 
@@ -45,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes seconds, or a browser, a screen, signals; needs --all")
+    cache = tempfile.TemporaryDirectory()  # what the tests compile is of no use to the user
+    config.add_cleanup(cache.cleanup)
+    os.environ["XDG_CACHE_HOME"] = cache.name
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

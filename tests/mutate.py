@@ -983,10 +983,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all changes")
     args = parser.parse_args()
     base = Path(tempfile.mkdtemp(prefix="mutate-"))
-    for name in ("tmp", "cache", "home"):
+    for name in ("tmp", "home"):
         (base / name).mkdir()
+    cache = tempfile.TemporaryDirectory()  # goes with this process; all others use it
     closed = "http://127.0.0.1:9"  # no request leaves this machine
-    os.environ |= {"XDG_CACHE_HOME": str(base / "cache"), "HOME": str(base / "home")}
+    os.environ |= {"XDG_CACHE_HOME": cache.name, "HOME": str(base / "home")}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mutate"])
     worker = Worker(context)
