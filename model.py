@@ -2087,13 +2087,17 @@ def check_classes(classes: object) -> None:
 def _check_values(checkpoint: dict) -> None:
     """Raise ValueError, with what is wrong, if a checkpoint's names and numbers are of no use."""
     arch = checkpoint["arch"]
-    check_classes(checkpoint["classes"])
+    for name in ("classes", "default_classes"):
+        check_classes(checkpoint[name])
+    if not set(checkpoint["default_classes"]) <= set(checkpoint["classes"]):
+        raise ValueError("default_classes that are none of its classes")
     if arch not in ARCHS:
         raise ValueError(f"the architecture {str(arch)[:20]!r}, expected one of {', '.join(ARCHS)}")
     for name, kinds, low, high in (
         ("image_size", int, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE),
         ("crop_margin", int | float, 0, 2),
         ("temperature", int | float, 0.01, 100),
+        ("temperature_all", int | float, 0.01, 100),
     ):
         value = checkpoint[name]
         if not isinstance(value, kinds) or not low <= value <= high:
@@ -2492,7 +2496,10 @@ def fit(
             _load_moments(optimizer, resume["optimizer"])
             if averaged:
                 averaged.load_state_dict(resume["averaged"])
-            list(map(score, history))
+            for epoch, record in enumerate(history, start=1):
+                is_finite = math.isfinite(score(record)) and all(map(math.isfinite, record.values()))
+                if not is_finite or record["epoch"] != epoch or record.keys() != history[0].keys():
+                    raise ValueError("an epoch's figures are damaged")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise ValueError(
                 "the run to resume had another network, other parts that learn, or no averages, or its file "

@@ -140,6 +140,8 @@ def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
         ({"config": {**config, "mix": 7}}, "7 is no source of faces"),
         ({"config": {**config, "init": ["gray.pt"]}}, "there is no checkpoint"),
         ({"optimizer": {**optimizer, "state": {**optimizer["state"], 0: moments}}}, "its file is damaged"),
+        ({"history": [{**whole["history"][0], "val_acc": "high"}]}, "its file is damaged"),
+        ({"history": [{**whole["history"][0], "epoch": 7}]}, "its file is damaged"),
     ):
         torch.save(whole | damaged, last)
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
