@@ -540,7 +540,8 @@ class DataSet:
         url = read_result({name: record[name] for name in Result._fields if name in record}).url
         if status == "kept":
             self.copies.add(record)
-            if not re.fullmatch(rf"{key[1]}/{record['sha256'][:16]}\.\w+", record["file"]):
+            name, _, suffix = record["file"].rpartition(".")
+            if name != f"{key[1]}/{record['sha256'][:16]}" or not suffix.isalnum():
                 raise ValueError("not where a picture of this label belongs")
             self.kept[key[1]].append(record)
         elif status not in ("rejected", "failed") or record["reason"] not in REASONS:
