@@ -69,10 +69,9 @@ def blur_measure(face: Image.Image) -> float:
 
     Source: Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy: a comparative study".
     """
-    pixels = np.asarray(face, float)
-    center = pixels[1:-1, 1:-1]
-    laplacian = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:] - 4 * center
-    return float(laplacian.var())
+    from scipy import ndimage
+
+    return float(ndimage.laplace(np.asarray(face, float))[1:-1, 1:-1].var())
 
 
 def cut_face(
@@ -691,16 +690,6 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
 # --- how good a model is on photos ---
 
 
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share, 0-1.
-
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
-    """
-    z = 1.96
-    center, spread = right + z**2 / 2, z * math.sqrt(right * (total - right) / total + z**2 / 4)
-    return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
-
-
 def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
     """Draw faces, each with lines of text below it, into a PNG of 8 a row."""
     from matplotlib import font_manager
@@ -740,6 +729,7 @@ def evaluate_photos(
     """
     import pandas as pd
     import torch
+    from scipy.stats import binomtest
 
     classifier = shared.Classifier(checkpoint, device, ["all"])
     found = shared.find_classes(data_dir)
@@ -774,7 +764,7 @@ def evaluate_photos(
     judged = table[table["reason"] == OUTCOMES[0]].reset_index()
     labels = torch.tensor([classes.index(name) for name in judged["label"]])
     right = int((judged["label"] == judged["emotion"]).sum())
-    low, high = wilson_interval(right, len(judged))
+    low, high = binomtest(right, len(judged)).proportion_ci(method="wilson")
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
     logits = torch.from_numpy(np.stack(all_probs)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})

@@ -598,11 +598,6 @@ def test_evaluate_names_what_the_model_knows_where_it_knows_no_folder(tmp_path, 
     assert stop.value.code.endswith(f"has learned none of the folders in {faces}; it knows angry, happy")
 
 
-def test_wilson_interval_is_that_of_the_book():
-    assert finetune_emotion.wilson_interval(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    assert finetune_emotion.wilson_interval(0, 20) == pytest.approx((0, 0.161), abs=1e-3)
-
-
 def test_own_classes_are_learned_without_rehearsal(tmp_path, photos_dir, options, capsys):
     """Folders of names that no model knows: the head is theirs alone."""
     for old, new in (("angry", "bored"), ("happy", "attentive")):
