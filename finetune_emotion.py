@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
-OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a photo, in the table's order
+CUT, NO_FACE, SEVERAL, UNREADABLE = "one face cut", "no face", "several faces", "not readable"
+OUTCOMES = (CUT, NO_FACE, SEVERAL, UNREADABLE)  # of a photo, in the table's order
 HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
 FOLDS = 5  # of the cross-validation, chosen here
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
@@ -84,15 +85,15 @@ def cut_face(
     try:
         image = shared.open_picture(path)
     except shared.PictureError:
-        return OUTCOMES[3], None
+        return UNREADABLE, None
     if finder is None:
-        return OUTCOMES[0], image
+        return CUT, image
     boxes = finder.find(image).boxes
     if len(boxes) != 1 and not (largest_face and len(boxes)):
-        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None
+        return SEVERAL if len(boxes) else NO_FACE, None
     largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
     [crop] = shared.crop_faces(image, boxes[[largest]], margin)
-    return OUTCOMES[0], crop
+    return CUT, crop
 
 
 def cut_photos(
@@ -177,12 +178,12 @@ def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
     import pandas as pd
 
     table = pd.DataFrame(records)
-    table["reason"] = table["reason"].fillna(OUTCOMES[0])
+    table["reason"] = table["reason"].fillna(CUT)
     counts = pd.crosstab(table["label"], table["reason"])
     counts = counts.reindex(index=list(classes), columns=OUTCOMES, fill_value=0)
     counts.loc["total"] = counts.sum()
     print(counts.rename_axis(index=None, columns="photos").to_string())
-    if len(unreadable := table["photo"][table["reason"] == OUTCOMES[3]]):
+    if len(unreadable := table["photo"][table["reason"] == UNREADABLE]):
         print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
 
 
@@ -274,7 +275,7 @@ def load_labelled(
     """
     import torch
 
-    unreadable = [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]
+    unreadable = [record["photo"] for record in records if record["reason"] == UNREADABLE]
     shared.check_readable(unreadable, len(records))
     records = [record for record in records if not record["reason"]]
     if not records:
@@ -711,37 +712,33 @@ def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
 
 def evaluate_photos(
     data_dir: Path,
-    checkpoint: Path,
+    classifier: shared.Classifier,
     finder: shared.FaceFinder | None,
     *,
-    device: torch.device,
     largest_face: bool,
     limit: int | None,
     out_dir: Path | None,
     csv_path: Path | None,
 ) -> None:
-    """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
+    """Report how good a classifier is on photos data_dir/<class>/*, among its default classes and those.
 
-    Args:
-        finder: None if the photos are faces.
-        out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
-        csv_path: for a row of each photo.
+    Figures, plots and a sheet of the surest mistakes go to `out_dir`, a row for each photo to `csv_path`.
     """
     import pandas as pd
     import torch
     from scipy.stats import binomtest
 
-    classifier = shared.Classifier(checkpoint, device, ["all"])
-    found = shared.find_classes(data_dir)
-    if not set(found) & set(classifier.classes):
+    folders = shared.find_classes(data_dir)
+    found = [name for name in folders if name in classifier.classes]
+    if not found:
         known = ", ".join(classifier.classes)
         raise ValueError(f"the model has learned none of the folders in {data_dir}; it knows {known}")
-    if unknown := sorted(set(found) - set(classifier.classes)):
+    if unknown := [name for name in folders if name not in found]:
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
-    classes = sorted({*classifier.default_classes, *found} - set(unknown))
+    classes = sorted({*classifier.default_classes, *found})
     classifier = classifier.among(classes)
-    paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
-    rows, crops, all_probs = [], [], []
+    paths = [path for name in found for path in shared.list_images(data_dir / name)]
+    rows, crops = [], []
     for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
         outcome, crop = cut_face(path, finder, classifier.crop_margin, largest_face)
         photo = path.relative_to(data_dir).as_posix()
@@ -750,29 +747,27 @@ def evaluate_photos(
             [probs] = classifier.predict_crops([crop])
             row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
             row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
-            crops.append(crop)
-            all_probs.append(probs)
         rows.append(row)
-    report_photos(rows, [name for name in found if name in classes])
-    if not all_probs:
+        crops.append(crop)
+    report_photos(rows, found)
+    if not any(crops):
         raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
     table = pd.DataFrame(rows)
     if csv_path:
         with shared.replacing(csv_path) as temporary:
             table.to_csv(temporary, index=False)
         print(shared.printable(f"wrote {csv_path}"))
-    judged = table[table["reason"] == OUTCOMES[0]].reset_index()
+    judged = table[table["reason"] == CUT]
     labels = torch.tensor([classes.index(name) for name in judged["label"]])
-    right = int((judged["label"] == judged["emotion"]).sum())
-    low, high = binomtest(right, len(judged)).proportion_ci(method="wilson")
+    is_right = judged["label"] == judged["emotion"]
+    low, high = binomtest(int(is_right.sum()), len(judged)).proportion_ci(method="wilson")
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
-    logits = torch.from_numpy(np.stack(all_probs)).log()
+    logits = torch.tensor(judged.filter(like="prob_").to_numpy(np.float32)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
-    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
-    if out_dir and len(mistakes):
-        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
-        faces = zip([crops[i] for i in mistakes.index], lines, strict=True)
-        draw_mistakes(list(faces), out_dir / "photos_mistakes.png")
+    mistakes = judged[~is_right].sort_values("prob", ascending=False)[:48].itertuples()
+    faces = [(crops[row.Index], f"{row.label}, said\n{row.emotion} {row.prob:.2f}") for row in mistakes]
+    if out_dir and faces:
+        draw_mistakes(faces, out_dir / "photos_mistakes.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -893,9 +888,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate or args.review:
         shared.leave_others()
     if args.evaluate:
+        classifier = shared.Classifier(args.evaluate, device, ["all"])
         finder = None if args.cropped else shared.FaceFinder(device)
         taken = {"largest_face": args.largest_face, "limit": args.limit, "csv_path": args.csv}
-        evaluate_photos(args.data_dir, args.evaluate, finder, device=device, out_dir=args.out_dir, **taken)
+        evaluate_photos(args.data_dir, classifier, finder, out_dir=args.out_dir, **taken)
         return
     found = shared.check_sources([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
