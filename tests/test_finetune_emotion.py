@@ -352,16 +352,19 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
     is_val = torch.arange(13) >= 10
     faces = finetune_emotion.LabelledFaces([], [], images, labels, torch.arange(13), is_val, is_val)
     random = torch.randint(0, 256, (3, 5, 1, 48, 48), generator=torch.Generator().manual_seed(0)).byte()
-    fer = dict(zip(shared.SPLITS, [(part, torch.ones(5).long()) for part in random], strict=True))
+    fer = {
+        split: {"fer": (part, torch.ones(5).long())}
+        for split, part in zip(shared.SPLITS, random, strict=True)
+    }
     net = shared.gray_resnet(ARCH, 2)
     data, sizes = finetune_emotion.training_data(
         net,
         faces,
-        {"fer": fer},
+        fer,
         batches,
         sources={"fer": shared.Source(None)},
-        known=[0, 1],
         classes=CLASSES,
+        parent={"classes": CLASSES},
         share=0.5,
     )
     assert sizes == {
