@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
-
-
 TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
 COMMON_SHARE = 0.5  # of a face's weight in the loss, for the common head; the source's own head has the rest
 
@@ -206,14 +204,6 @@ def describe(
     return {**lines, "untrained in the head": ", ".join(new) or "none"}
 
 
-def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
-    """Return which of the images (N, 1, S, S) stand among the others, pixel for pixel: (N,) bool."""
-    import torch
-
-    seen = {image.numpy().tobytes() for image in others}
-    return torch.tensor([image.numpy().tobytes() in seen for image in images])
-
-
 def report_split(
     folder: Path,
     out_dir: Path | None,
@@ -237,12 +227,14 @@ def report_split(
     classes = checkpoint["classes"]
     faces = load_split(folder, split, classes, limit=limit, max_size=checkpoint["image_size"])
     side = faces.images.shape[-1]
-    others = [
-        load_split(folder, other, shared.find_classes(folder), limit=None, size=side).images
+    elsewhere = {
+        image.numpy().tobytes()
         for other in shared.SPLITS
         if other != split and shared.list_split(folder, other, classes)
-    ]
-    subsets = {"not in another split": ~stands_elsewhere(faces.images, torch.cat(others))} if others else {}
+        for image in shared.load_faces(folder, other, shared.find_classes(folder), size=side)[0]
+    }
+    is_new = torch.tensor([image.numpy().tobytes() not in elsewhere for image in faces.images])
+    subsets = {"not in another split": is_new} if elsewhere else {}
     votes = faces.votes.gather(1, faces.labels[:, None])[:, 0]
     subsets[f"with {SURE_VOTES} of FER+'s 10 votes"] = votes >= SURE_VOTES
     net = shared.load_network(checkpoint).to(device, memory_format=torch.channels_last)
@@ -252,9 +244,9 @@ def report_split(
     ]
     logits, mirrored = (shared.evaluate(net, view.eval())[0] for view in views)
     default = [classes.index(name) for name in checkpoint["default_classes"]]
-    sets = {title: ("temperature", default), f"{title}_all": ("temperature_all", list(range(len(classes))))}
-    if len(default) == len(classes):
-        sets.popitem()
+    sets = {title: ("temperature", default)}
+    if len(default) < len(classes):
+        sets[f"{title}_all"] = "temperature_all", list(range(len(classes)))
     for name, (temperature, chosen) in sets.items():
         shown, labels = shared.among(logits, faces.labels, chosen)
         both, _ = shared.among(logits + mirrored, faces.labels, chosen)
