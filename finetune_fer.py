@@ -158,13 +158,13 @@ def ask_teachers(
 
 def training_set(
     train: dict[str, Split],
-    weights: Sequence[float],
+    sources: dict[str, shared.Source],
+    classes: Sequence[str],
+    device: torch.device,
     *,
     vote_weight: float,
     teachers: Sequence[Path],
     teacher_weight: float,
-    classes: Sequence[str],
-    device: torch.device,
 ) -> dict[str, Tensor]:
     """Join the sources' train faces, each source with its weight, into what `model.FaceBatches` takes.
 
@@ -185,7 +185,7 @@ def training_set(
         shares = torch.cat([torch.full((len(labels), 1), COMMON_SHARE), own], 1)  # (N, heads)
         targets = shares[:, :, None] * targets[:, None]
     groups = of_source * len(classes) + labels
-    weights = torch.tensor(weights).repeat_interleave(sizes)
+    weights = torch.tensor([sources[name].weight for name in train])[of_source]
     return {"images": images, "labels": labels, "targets": targets, "groups": groups, "weights": weights}
 
 
@@ -298,11 +298,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     """Return the options and, with --resume, the checkpoint to go on from."""
     parser = shared.build_parser(__doc__)
     add, share = parser.add_argument, shared.number(float, 0, 1)
-    shared.add_options(
-        parser,
-        data_dir="data/fer",
-        init=Path("runs/gray/best.pt"),
-    )
+    shared.add_options(parser, data_dir="data/fer", init=Path("runs/gray/best.pt"))
     out_help = f"folder to write into (default: {OUT_DIR}; with --evaluate nothing is written without it)"
     add("--out-dir", type=Path, metavar="DIR", help=out_help)
     mix_help = (
@@ -386,15 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             crop_margin=shared.CROP_MARGIN,
             config=shared.plain_config(vars(args)),
         )
-        faces = training_set(
-            train,
-            [source.weight for source in sources.values()],
-            vote_weight=args.vote_weight,
-            teachers=[Path(path) for path in args.teachers or []],
-            teacher_weight=args.teacher_weight,
-            classes=learned,
-            device=device,
-        )
+        shares = {"vote_weight": args.vote_weight, "teacher_weight": args.teacher_weight}
+        faces = training_set(train, sources, learned, device, teachers=args.teachers or (), **shares)
         run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
         best = shared.fit_classifier(
