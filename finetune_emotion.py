@@ -470,14 +470,8 @@ def fit_new_rows(
     """Fit the head's rows of classes that are new, to the faces as they are; the others stay.
 
     Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
-    first steps would spoil these.
-
-    Args:
-        classes: of the head.
-        parent: the checkpoint that training begins with.
-
-    Returns:
-        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
+    first steps would spoil these. Returns `parent`, the checkpoint of `net`, with temperatures of 1 if there
+    are new classes: its own were another head's.
 
     Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
     Out-of-Distribution", arXiv:2202.10054.
@@ -615,13 +609,10 @@ def draw_back(
     parent: dict,
     lowest: dict[str, float],
 ) -> dict:
-    """Go back toward the weights that training began with until no source's accuracy is below its `lowest`.
+    """Go back from a `trained` checkpoint toward the weights `start` until no source is below its `lowest`.
 
     Args:
-        trained: checkpoint.
-        start: weights.
         val: the photos' faces, and each source's, to which the temperatures are fitted anew.
-        parent: see `model.judge_sources`.
         lowest: accuracy, 0-1, by source.
 
     Raises:
@@ -652,17 +643,16 @@ def draw_back(
 
 def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
     """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
+    import pandas as pd
     import torch
 
-    width = max(map(len, results["before"])) + 1
-    columns = {name: max(12, len(name) + 1) for name in ("n", "accuracy", "mean recall", *classes)}
-    print(f"{'':{width + 7}}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
+    width, rows = max(map(len, results["before"])) + 1, {}
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
         shares = [row["acc"], row["mean_recall"], *row["recall"].values()]
-        cells = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
-        sized = zip(cells, columns.values(), strict=True)
-        print(f"{name:{width}}{when:7}" + "".join(f"{cell:>{size}}" for cell, size in sized))
+        rows[f"{name:{width}}{when:7}"] = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
+    columns = ["n", "accuracy", "mean recall", *classes]
+    print(pd.DataFrame.from_dict(rows, "index", columns=columns).to_string(col_space=11))
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
