@@ -312,9 +312,8 @@ def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) ->
     """
     claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
     shared.save_json(out_dir / "manifest.json", claim)
-    for split in USAGES.values():
-        for emotion in source["emotions"]:
-            (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
+    for split, emotion in itertools.product(USAGES.values(), source["emotions"]):
+        (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
     for path in kept:
         with contextlib.suppress(FileNotFoundError):  # it is in its place already
             (staging / path.name).replace(path)
@@ -343,8 +342,7 @@ def unpack(
         votes = shared.read_table(ferplus, {"Usage", *VOTES}, parse_votes, FERPLUS) if ferplus else None
         check_folder(out_dir, source, overwrite)
         if "usage" not in columns:
-            line = f"{path} has no column Usage: all its rows go to train"
-            print(shared.printable(line), file=sys.stderr)
+            print(shared.printable(f"{path} has no column Usage: all its rows go to train"), file=sys.stderr)
         with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar:
             for number, row in read_rows(file, columns, source["limit"]):
                 bar.update(raw.tell() - bar.n)
