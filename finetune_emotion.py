@@ -207,7 +207,7 @@ def group_duplicates(hashes: np.ndarray) -> Tensor:
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import KDTree
 
-    pairs = KDTree(hashes.astype(float)).query_pairs(shared.DUPLICATE_BITS, p=1, output_type="ndarray")
+    pairs = KDTree(hashes).query_pairs(shared.DUPLICATE_BITS, p=1, output_type="ndarray")
     links = coo_array((np.ones(len(pairs)), pairs.T), (len(hashes), len(hashes)))
     return torch.from_numpy(connected_components(links, directed=False)[1])
 
@@ -217,7 +217,7 @@ def have_duplicates(hashes: np.ndarray, others: np.ndarray) -> Tensor:
     import torch
     from scipy.spatial import KDTree
 
-    distances, _ = KDTree(others.astype(float)).query(hashes.astype(float), p=1)
+    distances, _ = KDTree(others).query(hashes, p=1)
     return torch.from_numpy(distances <= shared.DUPLICATE_BITS)
 
 
@@ -543,7 +543,6 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
     """Read corrections.csv, a row of `path` and `label` for a photo: its label, empty to leave it out.
 
     Raises:
-        OSError: it cannot be read.
         ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
 
@@ -808,7 +807,6 @@ def train_on(
 
     Args:
         train, sizes: what is learned from, see `training_data`.
-        resume: checkpoint to go on from.
         max_loss: points of accuracy that each source's val may lose.
     """
     import torch

@@ -99,10 +99,7 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
 def load_split(
     folder: Path, split: str, classes: Sequence[str], *, limit: int | None, **sizes: int | None
 ) -> Split:
-    """Read a split of a source, and FER+'s votes if its folder has them.
-
-    Args:
-        sizes: see `model.load_images`.
+    """Read a split of a source, and FER+'s votes if its folder has them; `sizes` as of `model.load_images`.
 
     Raises:
         ValueError: it has no images, or votes.csv does not fit.
