@@ -221,8 +221,8 @@ def report_split(
     """
     import torch
 
-    classes = checkpoint["classes"]
-    faces = load_split(folder, split, classes, limit=limit, max_size=checkpoint["image_size"])
+    classes, size = checkpoint["classes"], checkpoint["image_size"]
+    faces = load_split(folder, split, classes, limit=limit, max_size=size)
     side = faces.images.shape[-1]
     elsewhere = {
         image.numpy().tobytes()
@@ -235,11 +235,9 @@ def report_split(
     votes = faces.votes.gather(1, faces.labels[:, None])[:, 0]
     subsets[f"with {SURE_VOTES} of FER+'s 10 votes"] = votes >= SURE_VOTES
     net = shared.load_network(checkpoint).to(device, memory_format=torch.channels_last)
-    views = [
-        shared.FaceBatches(images, faces.labels, batch_size, checkpoint["image_size"], device)
-        for images in (faces.images, faces.images.flip(-1))
-    ]
-    logits, mirrored = (shared.evaluate(net, view.eval())[0] for view in views)
+    views = faces.images, faces.images.flip(-1)
+    batches = [shared.FaceBatches(view, faces.labels, batch_size, size, device) for view in views]
+    logits, mirrored = (shared.evaluate(net, own.eval())[0] for own in batches)
     default = [classes.index(name) for name in checkpoint["default_classes"]]
     sets = {title: ("temperature", default)}
     if len(default) < len(classes):
