@@ -884,8 +884,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = functools.partial(shared.FaceBatches, device=device, **options)
         if args.review:
             probs = second_opinion(net, faces, batches, learned, parent)
-            judged = {"corrections": corrections, "corrections_path": corrections_path}
-            write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
+            earlier = {"corrections": corrections, "corrections_path": corrections_path}
+            write_review(args.out_dir / "review.html", faces, probs, learned, **earlier)
             return
         rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
         mix = {"sources": sources, "classes": learned, "parent": parent, "share": args.mix_share}
