@@ -189,18 +189,6 @@ def shut_down(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def read_proxies() -> dict[str, Url]:
-    """Return what http_proxy and https_proxy name, by scheme; raises ValueError if it is of another kind."""
-    proxies = {}
-    for scheme, address in getproxies().items():
-        if scheme in PORTS:
-            with contextlib.suppress(Refusal):
-                proxies[scheme] = parse_http_url(address if "://" in address else f"http://{address}")
-            if scheme not in proxies or proxies[scheme].scheme != "http":
-                raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
-    return proxies
-
-
 def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
     """Read a body of limited size, or a redirect's target; raises Refusal, and what urllib3 raises."""
     if location := response.get_redirect_location():
@@ -237,7 +225,14 @@ class Downloader:
         agent = f"emotion-detector/1.0 ({contact or 'data for research'})"
         self.headers = make_headers(user_agent=agent, accept_encoding=True)  # what urllib3 can decode here
         self.headers |= {"Accept": "image/*, application/json", "Connection": "close"}
-        self._proxies = read_proxies()
+        self._proxies = {}  # by scheme
+        for scheme, address in getproxies().items():
+            if scheme in PORTS:
+                url = address if "://" in address else f"http://{address}"
+                with contextlib.suppress(Refusal):
+                    self._proxies[scheme] = parse_http_url(url)
+                if scheme not in self._proxies or self._proxies[scheme].scheme != "http":
+                    raise ValueError(f"{scheme}_proxy is {address}, expected http://HOST:PORT")
         self._tls = ssl.create_default_context()
         self._tls.load_verify_locations(certifi.where())  # not every system brings its own
         self._slots = {}  # by host
@@ -1304,13 +1299,12 @@ def read_imagenet_labels() -> dict[str, list[str]]:
 
 
 def list_queries(texts: dict[str, list[str]], limit: int, synonym_limit: int) -> list[Query]:
-    """Return what to search for, the main word of a label before its synonyms; those with limit 0 are out."""
-    queries = [
+    """Return what to search for, the main word of a label before its synonyms; with limit 0 these are out."""
+    return [
         Query(label, text, synonym_limit if i else limit)
         for label, words in texts.items()
-        for i, text in enumerate(words)
+        for i, text in enumerate(words if synonym_limit else words[:1])
     ]
-    return [query for query in queries if query.limit]
 
 
 def parse_filter(text: str) -> tuple[str, str]:

@@ -46,11 +46,11 @@ import model as shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    import torch
     from torch import Tensor, nn
 
 FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
-OUTCOMES = ("one face cut", "no face", "several faces", "not readable")  # of a photo, in the table's order
+CUT, NO_FACE, SEVERAL, UNREADABLE = "one face cut", "no face", "several faces", "not readable"
+OUTCOMES = (CUT, NO_FACE, SEVERAL, UNREADABLE)  # of a photo, in the table's order
 HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
 FOLDS = 5  # of the cross-validation, chosen here
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
@@ -69,10 +69,9 @@ def blur_measure(face: Image.Image) -> float:
 
     Source: Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy: a comparative study".
     """
-    pixels = np.asarray(face, float)
-    center = pixels[1:-1, 1:-1]
-    laplacian = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:] - 4 * center
-    return float(laplacian.var())
+    from scipy import ndimage
+
+    return float(ndimage.laplace(np.asarray(face, float))[1:-1, 1:-1].var())
 
 
 def cut_face(
@@ -85,15 +84,15 @@ def cut_face(
     try:
         image = shared.open_picture(path)
     except shared.PictureError:
-        return OUTCOMES[3], None
+        return UNREADABLE, None
     if finder is None:
-        return OUTCOMES[0], image
+        return CUT, image
     boxes = finder.find(image).boxes
     if len(boxes) != 1 and not (largest_face and len(boxes)):
-        return OUTCOMES[2] if len(boxes) else OUTCOMES[1], None
+        return SEVERAL if len(boxes) else NO_FACE, None
     largest = (boxes[:, 2:] - boxes[:, :2]).prod(1).argmax()
     [crop] = shared.crop_faces(image, boxes[[largest]], margin)
-    return OUTCOMES[0], crop
+    return CUT, crop
 
 
 def cut_photos(
@@ -178,12 +177,12 @@ def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
     import pandas as pd
 
     table = pd.DataFrame(records)
-    table["reason"] = table["reason"].fillna(OUTCOMES[0])
+    table["reason"] = table["reason"].fillna(CUT)
     counts = pd.crosstab(table["label"], table["reason"])
     counts = counts.reindex(index=list(classes), columns=OUTCOMES, fill_value=0)
     counts.loc["total"] = counts.sum()
     print(counts.rename_axis(index=None, columns="photos").to_string())
-    if len(unreadable := table["photo"][table["reason"] == OUTCOMES[3]]):
+    if len(unreadable := table["photo"][table["reason"] == UNREADABLE]):
         print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
 
 
@@ -208,7 +207,7 @@ def group_duplicates(hashes: np.ndarray) -> Tensor:
     from scipy.sparse.csgraph import connected_components
     from scipy.spatial import KDTree
 
-    pairs = KDTree(hashes.astype(float)).query_pairs(shared.DUPLICATE_BITS, p=1, output_type="ndarray")
+    pairs = KDTree(hashes).query_pairs(shared.DUPLICATE_BITS, p=1, output_type="ndarray")
     links = coo_array((np.ones(len(pairs)), pairs.T), (len(hashes), len(hashes)))
     return torch.from_numpy(connected_components(links, directed=False)[1])
 
@@ -218,7 +217,7 @@ def have_duplicates(hashes: np.ndarray, others: np.ndarray) -> Tensor:
     import torch
     from scipy.spatial import KDTree
 
-    distances, _ = KDTree(others.astype(float)).query(hashes.astype(float), p=1)
+    distances, _ = KDTree(others).query(hashes, p=1)
     return torch.from_numpy(distances <= shared.DUPLICATE_BITS)
 
 
@@ -275,15 +274,14 @@ def load_labelled(
     """
     import torch
 
-    unreadable = [record["photo"] for record in records if record["reason"] == OUTCOMES[3]]
+    unreadable = [record["photo"] for record in records if record["reason"] == UNREADABLE]
     shared.check_readable(unreadable, len(records))
     records = [record for record in records if not record["reason"]]
     if not records:
         raise ValueError("no photo has a single face; add photos or try --largest-face")
-    crops = [faces_dir / record["crop"] for record in records]
-    images, readable = shared.load_images(crops, "L")
-    records = [record for record, crop in zip(records, crops, strict=True) if crop in set(readable)]
-    crops = readable
+    by_crop = {faces_dir / record["crop"]: record for record in records}
+    images, crops = shared.load_images(list(by_crop), "L")
+    records = [by_crop[crop] for crop in crops]
     groups = group_duplicates(hash_faces(images))
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
@@ -351,17 +349,15 @@ def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
 def load_rehearsed(
     sources: dict[str, shared.Source], classes: Sequence[str], size: int, limit: int | None
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """Read sources of faces: images (N, 1, size, size), and labels (N,), by source and split.
+    """Read sources of faces: images (N, 1, size, size), and labels (N,), by split and source.
 
     A source may have no test.
     """
-    faces = {}
-    for name, source in sources.items():
-        faces[name] = {
-            split: shared.load_faces(source.folder, split, classes, limit=limit, size=size)[:2]
-            for split in shared.SPLITS
-            if split != "test" or shared.list_split(source.folder, split, classes)
-        }
+    faces = {split: {} for split in shared.SPLITS}
+    for split, (name, source) in itertools.product(shared.SPLITS, sources.items()):
+        if split != "test" or shared.list_split(source.folder, split, classes):
+            images, labels, _ = shared.load_faces(source.folder, split, classes, limit=limit, size=size)
+            faces[split][name] = images, labels
     return faces
 
 
@@ -372,8 +368,8 @@ def training_data(
     batches: Callable[..., shared.FaceBatches],
     *,
     sources: dict[str, shared.Source],
-    known: Sequence[int],
     classes: Sequence[str],
+    parent: dict,
     share: float,
 ) -> tuple[shared.FaceBatches | Rehearsed, dict[str, str]]:
     """Return what is learned from, and its size in words: the photos' train part, and the sources' faces.
@@ -381,26 +377,23 @@ def training_data(
     Args:
         rehearsed: see `load_rehearsed`; what stands in a val or test is not learned from.
         batches: `model.FaceBatches` with a run's options.
-        known: indices of the classes that `net` has learned before.
+        parent: the checkpoint of `net`.
         share: the sources' faces for each photo's.
     """
     import torch
     import torch.nn.functional as F
 
     is_learned = ~faces.is_val
-    if rehearsed:
-        held_out = [
-            part[split][0] for part in rehearsed.values() for split in ("val", "test") if split in part
-        ]
+    if held_out := [images for split in ("val", "test") for images, _ in rehearsed[split].values()]:
         is_copy = have_duplicates(hash_faces(faces.images), hash_faces(torch.cat(held_out)))
         print(f"{int(is_copy.sum())} faces also stand in the val or test of --mix: not learned from")
         is_learned &= ~is_copy
     labels = faces.labels[is_learned]
     photos = batches(faces.images[is_learned], labels, targets=F.one_hot(labels, len(classes)).float())
     sizes = {"photos train": shared.count_labels(labels, classes)}
-    if not (rehearsed and share):
+    parts = rehearsed["train"]
+    if not (parts and share):
         return photos, sizes
-    parts = {name: part["train"] for name, part in rehearsed.items()}
     sizes |= {f"{name} train": shared.count_labels(labels, classes) for name, (_, labels) in parts.items()}
     images = torch.cat([shared.vary_outline(images) for images, _ in parts.values()])
     labels = torch.cat([labels for _, labels in parts.values()])
@@ -411,6 +404,7 @@ def training_data(
         logits, _ = shared.evaluate(net, batches(images, labels).eval())
     logits = logits.float()
     targets = torch.zeros(len(logits), len(classes))
+    known = [row for row, name in enumerate(classes) if name in parent["classes"]]
     targets[:, known] = logits[:, known].softmax(1)
     others = batches(
         images,
@@ -423,30 +417,20 @@ def training_data(
     return Rehearsed(photos, others), sizes
 
 
-def judged_sets(
-    faces: LabelledFaces,
-    rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
-    batches: Callable[..., shared.FaceBatches],
-) -> dict[str, dict[str, shared.FaceBatches]]:
-    """Return what the network is judged on: "val" by source, the photos first, and "test" by source."""
-    sets = {"val": {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])}, "test": {}}
-    for name, part in rehearsed.items():
-        for split in part.keys() & sets.keys():
-            sets[split][name] = batches(*part[split])
-    return sets
-
-
 # --- a head for classes that are new ---
 
 
-def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets to see of all batches, (N, D), and their labels (N,)."""
+def embed(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the head gets to see of all batches, (N, D), its logits (N, C), and the labels (N,)."""
     import torch
 
     head, net.fc = net.fc, torch.nn.Identity()
     embeddings, labels = shared.evaluate(net, batches)
     net.fc = head
-    return embeddings.clone(), labels  # out of inference mode
+    embeddings = embeddings.clone()  # out of inference mode
+    with torch.no_grad():
+        logits = head(embeddings.to(head.weight.device)).cpu()
+    return embeddings, logits, labels
 
 
 def fit_head(embeddings: Tensor, labels: Tensor, logits: Tensor, new: Sequence[int]) -> nn.Linear:
@@ -486,14 +470,8 @@ def fit_new_rows(
     """Fit the head's rows of classes that are new, to the faces as they are; the others stay.
 
     Training then begins with a head that knows them as far as the embeddings allow; from random rows, its
-    first steps would spoil these.
-
-    Args:
-        classes: of the head.
-        parent: the checkpoint that training begins with.
-
-    Returns:
-        `parent`, with temperatures of 1 if there are new classes: its own were another head's.
+    first steps would spoil these. Returns `parent`, the checkpoint of `net`, with temperatures of 1 if there
+    are new classes: its own were another head's.
 
     Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
     Out-of-Distribution", arXiv:2202.10054.
@@ -503,11 +481,8 @@ def fit_new_rows(
     new = [row for row, name in enumerate(classes) if name not in parent["classes"]]
     if not new:
         return parent
-    embeddings, labels = embed(net, train.eval())
-    device = net.fc.weight.device
-    with torch.no_grad():
-        logits = net.fc(embeddings.to(device)).cpu()
-    rows = fit_head(embeddings, labels, logits, new).to(device)
+    embeddings, logits, labels = embed(net, train.eval())
+    rows = fit_head(embeddings, labels, logits, new).to(net.fc.weight.device)
     with torch.no_grad():
         net.fc.weight[new], net.fc.bias[new] = rows.weight, rows.bias
     return {**parent, "temperature": 1.0, "temperature_all": 1.0}
@@ -535,21 +510,21 @@ def cross_validate(embeddings: Tensor, labels: Tensor, groups: Tensor, num_class
 
 
 def second_opinion(
-    net: nn.Module, faces: shared.FaceBatches, groups: Tensor, temperature: float, known: Sequence[int]
+    net: nn.Module,
+    faces: LabelledFaces,
+    batches: Callable[..., shared.FaceBatches],
+    classes: Sequence[str],
+    parent: dict,
 ) -> Tensor:
     """Return the mean of the probabilities (N, C) of `net` and of the heads of `cross_validate`.
 
-    If `net` does not know all the faces' classes, those of the heads alone count.
+    If `parent`, its checkpoint, does not know all the faces' classes, those of the heads alone count.
     """
-    import torch
-
-    embeddings, labels = embed(net, faces.eval())
-    with torch.inference_mode():
-        logits = net.fc(embeddings.to(faces.device)).cpu()
-    learned = cross_validate(embeddings, labels, groups, logits.shape[1])
-    if not set(labels.tolist()) <= set(known):
+    embeddings, logits, labels = embed(net, batches(faces.images, faces.labels).eval())
+    learned = cross_validate(embeddings, labels, faces.groups, len(classes))
+    if not {classes[label] for label in labels} <= set(parent["classes"]):
         return learned
-    return ((logits / temperature).softmax(1) + learned) / 2
+    return ((logits / parent["temperature_all"]).softmax(1) + learned) / 2
 
 
 def doubt(probs: Tensor, labels: Tensor) -> Tensor:
@@ -568,7 +543,6 @@ def read_corrections(path: Path, classes: Sequence[str]) -> dict[str, str]:
     """Read corrections.csv, a row of `path` and `label` for a photo: its label, empty to leave it out.
 
     Raises:
-        OSError: it cannot be read.
         ValueError: the columns are missing, a label is none of `classes`, or a path leads elsewhere.
     """
 
@@ -634,13 +608,10 @@ def draw_back(
     parent: dict,
     lowest: dict[str, float],
 ) -> dict:
-    """Go back toward the weights that training began with until no source's accuracy is below its `lowest`.
+    """Go back from a `trained` checkpoint toward the weights `start` until no source is below its `lowest`.
 
     Args:
-        trained: checkpoint.
-        start: weights.
         val: the photos' faces, and each source's, to which the temperatures are fitted anew.
-        parent: see `model.judge_sources`.
         lowest: accuracy, 0-1, by source.
 
     Raises:
@@ -648,7 +619,7 @@ def draw_back(
     """
     import torch
 
-    device = next(iter(val.values())).device
+    device = val["photos"].device
     for blend in BLENDS:
         weights = {
             name: torch.lerp(start[name], value, blend) if value.is_floating_point() else value
@@ -671,17 +642,16 @@ def draw_back(
 
 def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
     """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
+    import pandas as pd
     import torch
 
-    width = max(map(len, results["before"])) + 1
-    columns = {name: max(12, len(name) + 1) for name in ("n", "accuracy", "mean recall", *classes)}
-    print(f"{'':{width + 7}}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
+    width, rows = max(map(len, results["before"])) + 1, {}
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
         shares = [row["acc"], row["mean_recall"], *row["recall"].values()]
-        cells = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
-        sized = zip(cells, columns.values(), strict=True)
-        print(f"{name:{width}}{when:7}" + "".join(f"{cell:>{size}}" for cell, size in sized))
+        rows[f"{name:{width}}{when:7}"] = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
+    columns = ["n", "accuracy", "mean recall", *classes]
+    print(pd.DataFrame.from_dict(rows, "index", columns=columns).to_string(col_space=11))
     shared.save_json(out_dir / "emotion.json", results)
     matrix = torch.tensor(results["after"]["photos val"]["confusion"])
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
@@ -689,16 +659,6 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
 
 
 # --- how good a model is on photos ---
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share, 0-1.
-
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
-    """
-    z = 1.96
-    center, spread = right + z**2 / 2, z * math.sqrt(right * (total - right) / total + z**2 / 4)
-    return (center - spread) / (total + z**2), (center + spread) / (total + z**2)
 
 
 def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
@@ -722,36 +682,33 @@ def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
 
 def evaluate_photos(
     data_dir: Path,
-    checkpoint: Path,
+    classifier: shared.Classifier,
     finder: shared.FaceFinder | None,
     *,
-    device: torch.device,
     largest_face: bool,
     limit: int | None,
     out_dir: Path | None,
     csv_path: Path | None,
 ) -> None:
-    """Report how good a model is on photos data_dir/<class>/*, among its default classes and those.
+    """Report how good a classifier is on photos data_dir/<class>/*, among its default classes and those.
 
-    Args:
-        finder: None if the photos are faces.
-        out_dir: for the figures, plots and a sheet of the surest mistakes; None: print only.
-        csv_path: for a row of each photo.
+    Figures, plots and a sheet of the surest mistakes go to `out_dir`, a row for each photo to `csv_path`.
     """
     import pandas as pd
     import torch
+    from scipy.stats import binomtest
 
-    classifier = shared.Classifier(checkpoint, device, ["all"])
-    found = shared.find_classes(data_dir)
-    if not set(found) & set(classifier.classes):
+    folders = shared.find_classes(data_dir)
+    found = [name for name in folders if name in classifier.classes]
+    if not found:
         known = ", ".join(classifier.classes)
         raise ValueError(f"the model has learned none of the folders in {data_dir}; it knows {known}")
-    if unknown := sorted(set(found) - set(classifier.classes)):
+    if unknown := [name for name in folders if name not in found]:
         print(f"left out, not learned by the model: {', '.join(unknown)}", file=sys.stderr)
-    classes = sorted({*classifier.default_classes, *found} - set(unknown))
+    classes = sorted({*classifier.default_classes, *found})
     classifier = classifier.among(classes)
-    paths = [path for name in found if name in classes for path in shared.list_images(data_dir / name)]
-    rows, crops, all_probs = [], [], []
+    paths = [path for name in found for path in shared.list_images(data_dir / name)]
+    rows, crops = [], []
     for path in tqdm(shared.spread(paths, limit), "classifying", unit="photo", disable=None):
         outcome, crop = cut_face(path, finder, classifier.crop_margin, largest_face)
         photo = path.relative_to(data_dir).as_posix()
@@ -760,29 +717,27 @@ def evaluate_photos(
             [probs] = classifier.predict_crops([crop])
             row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
             row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
-            crops.append(crop)
-            all_probs.append(probs)
         rows.append(row)
-    report_photos(rows, [name for name in found if name in classes])
-    if not all_probs:
+        crops.append(crop)
+    report_photos(rows, found)
+    if not any(crops):
         raise ValueError(f"{data_dir} has no photo with a single face; see --largest-face and --cropped")
     table = pd.DataFrame(rows)
     if csv_path:
         with shared.replacing(csv_path) as temporary:
             table.to_csv(temporary, index=False)
         print(shared.printable(f"wrote {csv_path}"))
-    judged = table[table["reason"] == OUTCOMES[0]].reset_index()
+    judged = table[table["reason"] == CUT]
     labels = torch.tensor([classes.index(name) for name in judged["label"]])
-    right = int((judged["label"] == judged["emotion"]).sum())
-    low, high = wilson_interval(right, len(judged))
+    is_right = judged["label"] == judged["emotion"]
+    low, high = binomtest(int(is_right.sum()), len(judged)).proportion_ci(method="wilson")
     print(f"photos: 95 % confidence interval of the accuracy {low:.1%} to {high:.1%}")
-    logits = torch.from_numpy(np.stack(all_probs)).log()
+    logits = torch.tensor(judged.filter(like="prob_").to_numpy(np.float32)).log()
     shared.report("photos", logits, labels, temperature=1.0, classes=classes, out_dir=out_dir, subsets={})
-    mistakes = judged[judged["label"] != judged["emotion"]].sort_values("prob", ascending=False)[:48]
-    if out_dir and len(mistakes):
-        lines = [f"{row.label}, said\n{row.emotion} {row.prob:.2f}" for row in mistakes.itertuples()]
-        faces = zip([crops[i] for i in mistakes.index], lines, strict=True)
-        draw_mistakes(list(faces), out_dir / "photos_mistakes.png")
+    mistakes = judged[~is_right].sort_values("prob", ascending=False)[:48].itertuples()
+    faces = [(crops[row.Index], f"{row.label}, said\n{row.emotion} {row.prob:.2f}") for row in mistakes]
+    if out_dir and faces:
+        draw_mistakes(faces, out_dir / "photos_mistakes.png")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
@@ -834,59 +789,58 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
 
 
 def train_on(
-    train: shared.FaceBatches | Rehearsed,
-    sets: dict[str, dict[str, shared.FaceBatches]],
     net: nn.Module,
+    train: shared.FaceBatches | Rehearsed,
     sizes: dict[str, str],
+    faces: LabelledFaces,
+    rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
     *,
+    batches: Callable[..., shared.FaceBatches],
     run: shared.Run,
     parent: dict,
     resume: dict | None,
+    schedule: shared.Schedule,
+    label_smoothing: float,
     max_loss: float,
-    **options: object,
 ) -> None:
-    """Train, draw the weights back if there are other sources, and report on all sets before and after.
+    """Train, draw the weights back if there are other sources, and report on all that is held out.
 
     Args:
-        sets: see `judged_sets`.
-        sizes: of what is learned from, in words.
-        resume: checkpoint to go on from.
+        train, sizes: what is learned from, see `training_data`.
         max_loss: points of accuracy that each source's val may lose.
-        options: of `model.fit_classifier`.
     """
     import torch
 
+    val = {"photos": batches(faces.images[faces.is_val], faces.labels[faces.is_val])}
+    val |= {name: batches(*own) for name, own in rehearsed["val"].items()}
+    sets = {f"{name} val": own for name, own in val.items()}
+    sizes = sizes | {name: shared.count_labels(own.labels, run.classes) for name, own in sets.items()}
+    sets |= {f"{name} test": batches(*own) for name, own in rehearsed["test"].items()}
     chosen = [run.classes.index(name) for name in run.default_classes]
 
     def judged(net: nn.Module, temperature: float) -> dict[str, dict]:
         """Return `model.judge`'s figures on each of the sets, for the run's default classes."""
         results = {}
-        for split, by_name in sets.items():
-            for name, faces in by_name.items():
-                logits, labels = shared.among(*shared.evaluate(net, faces.eval()), chosen)
-                if len(labels):
-                    figures = shared.judge(logits, labels, temperature, run.default_classes)
-                    results[f"{name} {split}"] = figures
+        for name, own in sets.items():
+            logits, labels = shared.among(*shared.evaluate(net, own.eval()), chosen)
+            if len(labels):
+                results[name] = shared.judge(logits, labels, temperature, run.default_classes)
         return results
 
-    sizes = dict(sizes)
-    for name, faces in sets["val"].items():
-        sizes[f"{name} val"] = shared.count_labels(faces.labels, run.classes)
-    run.start(net, sets["val"]["photos"].device, sizes, is_resumed=resume is not None)
+    device = val["photos"].device
+    run.start(net, device, sizes, is_resumed=resume is not None)
     start = {name: value.clone() for name, value in net.state_dict().items()}
-    results = {"before": judged(net, parent["temperature"])}
-    photos, *others = sets["val"]
-    val = {photos: sets["val"][photos]}
-    best = shared.fit_classifier(net, train, val, run=run, parent=parent, resume=resume, **options)
+    before = judged(net, parent["temperature"])
+    how = {"schedule": schedule, "label_smoothing": label_smoothing, "parent": parent, "resume": resume}
+    best = shared.fit_classifier(net, train, {"photos": val["photos"]}, run=run, **how)
     best_path = run.out_dir / "best.pt"
-    if others:
-        before = {name: results["before"].get(f"{name} val") for name in others}
-        lowest = {name: figures["acc"] - max_loss / 100 for name, figures in before.items() if figures}
-        best = draw_back(best, start, sets["val"], run=run, parent=parent, lowest=lowest)
+    if rehearsed["val"]:
+        figures = {name: before.get(f"{name} val") for name in rehearsed["val"]}
+        lowest = {name: own["acc"] - max_loss / 100 for name, own in figures.items() if own}
+        best = draw_back(best, start, val, run=run, parent=parent, lowest=lowest)
         shared.save_checkpoint(best_path, {**best, "model": shared.half_precision(best["model"])})
-    device = sets["val"][photos].device
     trained = shared.load_network(best).to(device, memory_format=torch.channels_last)
-    results["after"] = judged(trained, best["temperature"])
+    results = {"before": before, "after": judged(trained, best["temperature"])}
     report_change(results, run.default_classes, run.out_dir)
     print(f"best epoch {best['epoch']}; wrote {best_path}")
 
@@ -900,12 +854,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
+    taken = {"largest_face": args.largest_face, "limit": args.limit}
     if args.evaluate or args.review:
         shared.leave_others()
     if args.evaluate:
+        classifier = shared.Classifier(args.evaluate, device, ["all"])
         finder = None if args.cropped else shared.FaceFinder(device)
-        taken = {"largest_face": args.largest_face, "limit": args.limit, "csv_path": args.csv}
-        evaluate_photos(args.data_dir, args.evaluate, finder, device=device, out_dir=args.out_dir, **taken)
+        evaluate_photos(args.data_dir, classifier, finder, out_dir=args.out_dir, csv_path=args.csv, **taken)
         return
     found = shared.check_sources([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
@@ -918,9 +873,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.corrections or corrections_path.exists():
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
-        cut = functools.partial(cut_photos, margin=parent["crop_margin"], largest_face=args.largest_face)
-        cut = functools.partial(cut, args.data_dir, faces_dir, found, limit=args.limit)
-        records = shared.from_first(lambda: cut(shared.FaceFinder(device)))
+        cut = functools.partial(cut_photos, margin=parent["crop_margin"], **taken)
+        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, shared.FaceFinder(device)))
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)
@@ -928,15 +882,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
         options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
         batches = functools.partial(shared.FaceBatches, device=device, **options)
-        known = [learned.index(name) for name in learned if name in parent["classes"]]
         if args.review:
-            every = batches(faces.images, faces.labels)
-            probs = second_opinion(net, every, faces.groups, parent["temperature_all"], known)
-            judged = {"corrections": corrections, "corrections_path": corrections_path}
-            write_review(args.out_dir / "review.html", faces, probs, learned, **judged)
+            probs = second_opinion(net, faces, batches, learned, parent)
+            earlier = {"corrections": corrections, "corrections_path": corrections_path}
+            write_review(args.out_dir / "review.html", faces, probs, learned, **earlier)
             return
         rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
-        mix = {"sources": sources, "known": known, "classes": learned, "share": args.mix_share}
+        mix = {"sources": sources, "classes": learned, "parent": parent, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
         parent = fit_new_rows(net, train, learned, parent)
         shared.freeze_except(net, args.unfreeze)
@@ -951,10 +903,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=shared.plain_config(vars(args)),
             best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
         )
-        schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
-        how = {"max_loss": args.max_loss, "schedule": schedule, "label_smoothing": args.label_smoothing}
-        sets = judged_sets(faces, rehearsed, batches)
-        train_on(train, sets, net, sizes, run=run, parent=parent, resume=resumed, **how)
+        how = {"label_smoothing": args.label_smoothing, "max_loss": args.max_loss, "resume": resumed}
+        how["schedule"] = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
+        train_on(net, train, sizes, faces, rehearsed, batches=batches, run=run, parent=parent, **how)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
-
-
 TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
 COMMON_SHARE = 0.5  # of a face's weight in the loss, for the common head; the source's own head has the rest
 
@@ -101,10 +99,7 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
 def load_split(
     folder: Path, split: str, classes: Sequence[str], *, limit: int | None, **sizes: int | None
 ) -> Split:
-    """Read a split of a source, and FER+'s votes if its folder has them.
-
-    Args:
-        sizes: see `model.load_images`.
+    """Read a split of a source, and FER+'s votes if its folder has them; `sizes` as of `model.load_images`.
 
     Raises:
         ValueError: it has no images, or votes.csv does not fit.
@@ -160,13 +155,13 @@ def ask_teachers(
 
 def training_set(
     train: dict[str, Split],
-    weights: Sequence[float],
+    sources: dict[str, shared.Source],
+    classes: Sequence[str],
+    device: torch.device,
     *,
     vote_weight: float,
     teachers: Sequence[Path],
     teacher_weight: float,
-    classes: Sequence[str],
-    device: torch.device,
 ) -> dict[str, Tensor]:
     """Join the sources' train faces, each source with its weight, into what `model.FaceBatches` takes.
 
@@ -187,7 +182,7 @@ def training_set(
         shares = torch.cat([torch.full((len(labels), 1), COMMON_SHARE), own], 1)  # (N, heads)
         targets = shares[:, :, None] * targets[:, None]
     groups = of_source * len(classes) + labels
-    weights = torch.tensor(weights).repeat_interleave(sizes)
+    weights = torch.tensor([sources[name].weight for name in train])[of_source]
     return {"images": images, "labels": labels, "targets": targets, "groups": groups, "weights": weights}
 
 
@@ -204,14 +199,6 @@ def describe(
     lines["votes"] = f"known for {voted} images of train"
     new = [name for name in classes if name not in parent["classes"]]
     return {**lines, "untrained in the head": ", ".join(new) or "none"}
-
-
-def stands_elsewhere(images: Tensor, others: Tensor) -> Tensor:
-    """Return which of the images (N, 1, S, S) stand among the others, pixel for pixel: (N,) bool."""
-    import torch
-
-    seen = {image.numpy().tobytes() for image in others}
-    return torch.tensor([image.numpy().tobytes() in seen for image in images])
 
 
 def report_split(
@@ -234,27 +221,27 @@ def report_split(
     """
     import torch
 
-    classes = checkpoint["classes"]
-    faces = load_split(folder, split, classes, limit=limit, max_size=checkpoint["image_size"])
+    classes, size = checkpoint["classes"], checkpoint["image_size"]
+    faces = load_split(folder, split, classes, limit=limit, max_size=size)
     side = faces.images.shape[-1]
-    others = [
-        load_split(folder, other, shared.find_classes(folder), limit=None, size=side).images
+    elsewhere = {
+        image.numpy().tobytes()
         for other in shared.SPLITS
         if other != split and shared.list_split(folder, other, classes)
-    ]
-    subsets = {"not in another split": ~stands_elsewhere(faces.images, torch.cat(others))} if others else {}
+        for image in shared.load_faces(folder, other, shared.find_classes(folder), size=side)[0]
+    }
+    is_new = torch.tensor([image.numpy().tobytes() not in elsewhere for image in faces.images])
+    subsets = {"not in another split": is_new} if elsewhere else {}
     votes = faces.votes.gather(1, faces.labels[:, None])[:, 0]
     subsets[f"with {SURE_VOTES} of FER+'s 10 votes"] = votes >= SURE_VOTES
     net = shared.load_network(checkpoint).to(device, memory_format=torch.channels_last)
-    views = [
-        shared.FaceBatches(images, faces.labels, batch_size, checkpoint["image_size"], device)
-        for images in (faces.images, faces.images.flip(-1))
-    ]
-    logits, mirrored = (shared.evaluate(net, view.eval())[0] for view in views)
+    views = faces.images, faces.images.flip(-1)
+    batches = [shared.FaceBatches(view, faces.labels, batch_size, size, device) for view in views]
+    logits, mirrored = (shared.evaluate(net, own.eval())[0] for own in batches)
     default = [classes.index(name) for name in checkpoint["default_classes"]]
-    sets = {title: ("temperature", default), f"{title}_all": ("temperature_all", list(range(len(classes))))}
-    if len(default) == len(classes):
-        sets.popitem()
+    sets = {title: ("temperature", default)}
+    if len(default) < len(classes):
+        sets[f"{title}_all"] = "temperature_all", list(range(len(classes)))
     for name, (temperature, chosen) in sets.items():
         shown, labels = shared.among(logits, faces.labels, chosen)
         both, _ = shared.among(logits + mirrored, faces.labels, chosen)
@@ -306,11 +293,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     """Return the options and, with --resume, the checkpoint to go on from."""
     parser = shared.build_parser(__doc__)
     add, share = parser.add_argument, shared.number(float, 0, 1)
-    shared.add_options(
-        parser,
-        data_dir="data/fer",
-        init=Path("runs/gray/best.pt"),
-    )
+    shared.add_options(parser, data_dir="data/fer", init=Path("runs/gray/best.pt"))
     out_help = f"folder to write into (default: {OUT_DIR}; with --evaluate nothing is written without it)"
     add("--out-dir", type=Path, metavar="DIR", help=out_help)
     mix_help = (
@@ -394,15 +377,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             crop_margin=shared.CROP_MARGIN,
             config=shared.plain_config(vars(args)),
         )
-        faces = training_set(
-            train,
-            [source.weight for source in sources.values()],
-            vote_weight=args.vote_weight,
-            teachers=[Path(path) for path in args.teachers or []],
-            teacher_weight=args.teacher_weight,
-            classes=learned,
-            device=device,
-        )
+        shares = {"vote_weight": args.vote_weight, "teacher_weight": args.teacher_weight}
+        faces = training_set(train, sources, learned, device, teachers=args.teachers or (), **shares)
         run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
         best = shared.fit_classifier(

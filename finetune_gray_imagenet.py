@@ -14,6 +14,7 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import model as shared
 from model import COLOR_MEAN, COLOR_STD, GRAY_MEAN, GRAY_STD, LUMA
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -82,29 +83,6 @@ def build_student(arch: str, teacher: nn.Module, stem_init: str) -> nn.Module:
     return student
 
 
-def split_indices(n: int, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split range(n) at random into train and val; both get at least one."""
-    import torch
-
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    num_val = min(max(round(n * val_fraction), 1), n - 1)
-    return order[num_val:], order[:num_val]
-
-
-def embed_by(teacher: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function from colour images to the teacher's embeddings (n, D), in float32."""
-    import torch
-    from torch import nn
-
-    net = nn.Sequential(*list(teacher.children())[:-1], nn.Flatten()).eval()
-
-    def embed(colors: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(colors.device.type, enabled=False):
-            return net(colors.contiguous(memory_format=torch.channels_last))
-
-    return embed
-
-
 class ImagePairs:
     """Colour images in memory as uint8 (N, 3, S, S), fed as gray inputs and colour ones, both normalised.
 
@@ -154,14 +132,6 @@ def compare_embeddings(embeddings: Tensor, targets: Tensor, head: nn.Linear) -> 
     }
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
-    """Print one line a row, one column a figure of `compare_embeddings`."""
-    names = ("mse", "cosine", "agreement")
-    print("".join(f"{name:>12}" for name in ("", *names)))
-    for title, figures in rows.items():
-        print(f"{title:>12}" + "".join(f"{figures[name]:12.4f}" for name in names))
-
-
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
     """Return the options and, with --resume, the checkpoint to go on from."""
     parser = shared.build_parser(__doc__)
@@ -204,15 +174,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with shared.only_run_in(args.out_dir):
         teacher = load_teacher(args.arch, args.teacher_weights)
         images, _ = shared.load_images(paths, "RGB", args.image_size)
-        split = split_indices(len(images), args.val_fraction, args.seed)
-        student = build_student(args.arch, teacher, args.stem_init).to(
-            device, memory_format=torch.channels_last
-        )
+        student = build_student(args.arch, teacher, args.stem_init)
+        student.to(device, memory_format=torch.channels_last)
         shared.freeze_except(student, args.unfreeze)
+        head, teacher.fc = teacher.fc, torch.nn.Identity()
         teacher.eval().to(device, memory_format=torch.channels_last)
-        train, val = (ImagePairs(images[part], args.batch_size, device, args.seed) for part in split)
-        embed, head = embed_by(teacher), teacher.fc.cpu()
-        targets = torch.cat([embed(colors).cpu() for _, colors in val.eval()])  # once: the teacher stays
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+        num_val = min(max(round(len(images) * args.val_fraction), 1), len(images) - 1)
+        parts = order[num_val:], order[:num_val]
+        train, val = (ImagePairs(images[part], args.batch_size, device, args.seed) for part in parts)
+        targets, _ = shared.evaluate(teacher, ((colors, gray) for gray, colors in val.eval()))
         run = shared.Run(
             args.out_dir,
             stage="gray",
@@ -227,23 +198,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.start(student, device, sizes, is_resumed=resumed is not None)
 
         def criterion(embeddings: Tensor, colors: Tensor) -> Tensor:
-            return F.mse_loss(embeddings, embed(colors))
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                wanted = teacher(colors.contiguous(memory_format=torch.channels_last))
+            return F.mse_loss(embeddings, wanted)
 
         def validate(net: nn.Module) -> dict[str, float]:
-            grays = (gray for gray, _ in val.eval())
-            batches = zip(grays, targets.split(args.batch_size), strict=True)
+            batches = zip((gray for gray, _ in val.eval()), targets.split(args.batch_size), strict=True)
             return compare_embeddings(*shared.evaluate(net, batches), head)
 
-        def score(record: dict) -> float:
-            return record["cosine"]
-
-        before = validate(student)
+        score, before = operator.itemgetter("cosine"), validate(student)
         schedule = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)
         history = shared.fit(
             student, criterion, train, validate, score=score, run=run, schedule=schedule, resume=resumed
         )
         best = max(reversed(history), key=score)  # the last of equals, as saved
-        print_table({args.stem_init: before, "distilled": best})
+        print("".join(f"{name:>12}" for name in ("", *before)))
+        for title, figures in ((args.stem_init, before), ("distilled", best)):
+            print(f"{title:>12}" + "".join(f"{figures[name]:12.4f}" for name in before))
         panels = {"MSE": ["train_loss", "mse"], "agreement with the teacher": ["cosine", "agreement"]}
         shared.plot_history(history, panels, args.out_dir / "curves.png")
         line = f"best epoch {best['epoch']}: cosine {best['cosine']:.4f}; wrote {args.out_dir / 'best.pt'}"

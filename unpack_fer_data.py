@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 LABELS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")  # FER's 0 to 6
 USAGES = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}  # Usage: folder
+FERPLUS = "FER+'s fer2013new.csv"
 # FER+'s column for each of LABELS; its others, of which NF means "no face", are left out.
 VOTES = ("anger", "disgust", "fear", "happiness", "sadness", "surprise", "neutral")
 OTHER_VOTES = ("contempt", "unknown", "NF")
-VOTES_COLUMNS = ["Usage", "Image name", *VOTES]
 SIZE = 48  # pixels a side
 DROP_REASONS = ("in val or test", "with several labels", "repeated in train")  # in order of precedence
 # Chosen here: FER's headers and rows are shorter, and a binary file may have no line ends.
@@ -149,7 +149,7 @@ def parse_row(line: bytes, index: int, columns: list[str]) -> Row:
         raise ValueError(f"{len(values)} columns, expected {len(columns)}")
     fields = dict(zip(columns, values, strict=True))
     label, usage = fields["emotion"].decode("latin-1"), fields.get("usage", b"Training").decode("latin-1")
-    if label not in {str(number) for number in range(len(LABELS))}:
+    if not re.fullmatch("[0-6]", label):
         raise ValueError(f"label {label[:20]!r}, expected 0 to {len(LABELS) - 1}")
     if usage not in USAGES:
         raise ValueError(f"Usage {usage[:20]!r}, expected {', '.join(USAGES)}")
@@ -209,7 +209,7 @@ def find_duplicates(rows: pd.DataFrame) -> pd.Series:
 
 
 def parse_votes(cells: dict[str, str]) -> list:
-    """Return a row of FER+, cells by column, as VOTES_COLUMNS; ValueError if it is malformed."""
+    """Return Usage, image name and VOTES of a row of FER+, cells by column; ValueError if it is malformed."""
     counts = {name: text.strip() for name, text in cells.items() if name in {*VOTES, *OTHER_VOTES}}
     for name, text in counts.items():
         if not re.fullmatch("[0-9]{1,3}", text):
@@ -219,28 +219,20 @@ def parse_votes(cells: dict[str, str]) -> list:
     return [cells["Usage"], cells.get("Image name", ""), *(int(counts[name]) for name in VOTES)]
 
 
-def read_votes(ferplus: Path) -> pd.DataFrame:
-    """Return FER+'s table: a face a row, its VOTES_COLUMNS.
-
-    Raises:
-        ValueError: it is no CSV of that kind, or a row is malformed.
-    """
-    import pandas as pd
-
-    rows = shared.read_table(ferplus, {"Usage", *VOTES}, parse_votes, "FER+'s fer2013new.csv")
-    return pd.DataFrame(rows, columns=VOTES_COLUMNS)
-
-
-def match_votes(votes: pd.DataFrame, rows: pd.DataFrame, num_rows: int, is_whole: bool) -> pd.DataFrame:
+def match_votes(found: list[list], rows: pd.DataFrame, num_rows: int, is_whole: bool) -> pd.DataFrame:
     """Return the votes for the faces of `rows`, under the names of LABELS.
 
     Args:
+        found: FER+'s rows, of `parse_votes`.
         num_rows: of the table of faces, bad ones included.
         is_whole: all its rows were read.
 
     Raises:
         ValueError: the two tables are not row for row.
     """
+    import pandas as pd
+
+    votes = pd.DataFrame(found, columns=["Usage", "Image name", *VOTES])
     names, splits = votes["Image name"].loc[lambda names: names != ""], votes["Usage"].map(USAGES)
     if is_whole and len(votes) != num_rows:
         reason = f"it has {len(votes)} rows and they {num_rows}"
@@ -320,9 +312,8 @@ def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) ->
     """
     claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
     shared.save_json(out_dir / "manifest.json", claim)
-    for split in USAGES.values():
-        for emotion in source["emotions"]:
-            (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
+    for split, emotion in itertools.product(USAGES.values(), source["emotions"]):
+        (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
     for path in kept:
         with contextlib.suppress(FileNotFoundError):  # it is in its place already
             (staging / path.name).replace(path)
@@ -348,11 +339,10 @@ def unpack(
 
     found, num_bad, written, dropped = [], 0, {}, dict.fromkeys(DROP_REASONS, 0)
     with open_csv(path) as (file, raw, columns), shared.temporary_folder(out_dir) as staging:
-        votes = read_votes(ferplus) if ferplus else None
+        votes = shared.read_table(ferplus, {"Usage", *VOTES}, parse_votes, FERPLUS) if ferplus else None
         check_folder(out_dir, source, overwrite)
         if "usage" not in columns:
-            line = f"{path} has no column Usage: all its rows go to train"
-            print(shared.printable(line), file=sys.stderr)
+            print(shared.printable(f"{path} has no column Usage: all its rows go to train"), file=sys.stderr)
         with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, disable=None) as bar:
             for number, row in read_rows(file, columns, source["limit"]):
                 bar.update(raw.tell() - bar.n)
@@ -415,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.csv.is_file() or args.csv.stat().st_size == 0:
         raise ValueError(f"{args.csv} is missing or empty, expected FER2013's CSV; get it from Kaggle")
     if args.ferplus and not args.ferplus.is_file():
-        raise ValueError(f"{args.ferplus} is missing, expected FER+'s fer2013new.csv; get it from GitHub")
+        raise ValueError(f"{args.ferplus} is missing, expected {FERPLUS}; get it from GitHub")
     source = {  # all that decides what the folder will hold
         "csv": shared.file_digest(args.csv, "blake2b"),
         "ferplus": shared.file_digest(args.ferplus, "blake2b") if args.ferplus else None,

@@ -297,9 +297,8 @@ def test_a_visible_browser_without_a_screen_is_one_line(out_dir, monkeypatch):
 @pytest.mark.slow
 def test_a_wall_stops_the_run(google, out_dir):
     google.blocked_by = "wall"
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="Google does not believe"):
         imagenet(out_dir, "--labels", "tench")
-    assert "Google does not believe" in stop.value.code
 
 
 @pytest.mark.slow
@@ -387,9 +386,8 @@ def test_killing_the_driver_leaves_no_browser_and_loses_nothing(start, google, p
 
 def test_without_a_browser_it_says_what_is_needed(out_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="needs Chromium and chromedriver"):
         imagenet(out_dir, "--labels", "tench")
-    assert "needs Chromium and chromedriver" in stop.value.code
 
 
 def test_google_url_takes_the_filters_of_google_images_download():
@@ -1290,19 +1288,17 @@ def test_remove_counts_only_what_was_there(pictures, out_dir, tmp_path, capsys):
 
 
 def test_remove_names_what_it_does_not_know(out_dir):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"lists 0 pictures https://example\.org/never\.jpg"):
         imagenet(out_dir, "--remove", "https://example.org/never.jpg")
-    assert "lists 0 pictures https://example.org/never.jpg" in stop.value.code
     assert not out_dir.exists()
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path, pictures):
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="Not a directory"):
         imagenet(
             tmp_path / "file" / "set", *write_list(tmp_path / "list", ("hen", pictures.url("/photo?n=1")))
         )
-    assert "Not a directory" in stop.value.code
     assert not pictures.hits
 
 
@@ -1567,15 +1563,13 @@ def test_a_list_may_be_in_any_unicode(encoding, pictures, out_dir, tmp_path):
 
 def test_a_list_in_another_encoding_is_named(out_dir, tmp_path):
     (tmp_path / "list").write_bytes("größe http://a.example/b.jpg\n".encode("latin-1"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path / 'list'}, line "):
         imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"))
-    assert stop.value.code.startswith(f"error: {tmp_path / 'list'}, line ")
 
 
 def test_an_empty_list_is_named(out_dir, tmp_path):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path / 'list'} lists no picture"):
         imagenet(out_dir, *write_list(tmp_path / "list"))
-    assert stop.value.code.startswith(f"error: {tmp_path / 'list'} lists no picture")
 
 
 @pytest.mark.parametrize(
@@ -1583,9 +1577,8 @@ def test_an_empty_list_is_named(out_dir, tmp_path):
 )
 def test_a_list_cannot_lead_out_of_the_folder(line, out_dir, tmp_path):
     (tmp_path / "list").write_text(f"{line}\n")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="list, line 1 is neither 'label url' nor a manifest's record"):
         imagenet(out_dir, "--engine", "urls", "--list", str(tmp_path / "list"))
-    assert "list, line 1 is neither 'label url' nor a manifest's record" in stop.value.code
     assert files(out_dir) == []
 
 
@@ -1653,6 +1646,5 @@ def test_a_label_that_can_be_no_folder_everywhere_is_refused(label):
 
 
 def test_an_unknown_label_is_named(out_dir):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"^error: no label 'happpy', expected some of: angry, disgusted"):
         emotions(out_dir, "--labels", "happpy")
-    assert stop.value.code.startswith("error: no label 'happpy', expected some of: angry, disgusted")

@@ -81,27 +81,9 @@ def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
     tmp_path, photos_dir, teacher_path, capsys
 ):
     out_dir = tmp_path / "gray"
-    options = [
-        "--data-dir",
-        str(photos_dir),
-        "--out-dir",
-        str(out_dir),
-        "--teacher-weights",
-        str(teacher_path),
-    ]
-    options += [
-        "--arch",
-        "tiny_resnet",
-        "--image-size",
-        "64",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "2",
-        "--lr",
-        "0.001",
-    ]
-    finetune_gray_imagenet.main([*options, "--stem-init", "kaiming"])
+    options = f"--data-dir {photos_dir} --out-dir {out_dir} --teacher-weights {teacher_path} --image-size 64"
+    options += " --arch tiny_resnet --batch-size 4 --epochs 2 --lr 0.001 --stem-init kaiming"
+    finetune_gray_imagenet.main(options.split())
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     before, after = (
         [float(word) for word in line[1:]] for line in table if line[:1] in (["kaiming"], ["distilled"])
@@ -132,17 +114,15 @@ def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, mo
 def test_two_unreadable_pictures_stop_a_small_run_and_what_macos_writes_does_not(
     tmp_path, photos_dir, teacher_path, capsys
 ):
-    options = ["--data-dir", photos_dir, "--out-dir", tmp_path / "gray", "--teacher-weights", teacher_path]
-    options += ["--arch", "tiny_resnet", "--image-size", 32, "--batch-size", 7, "--epochs", 1]
+    options = f"--data-dir {photos_dir} --teacher-weights {teacher_path} --arch tiny_resnet --image-size 32"
+    options = [*options.split(), "--batch-size", "7", "--epochs", "1", "--out-dir"]
     (photos_dir / "._0.jpg").write_bytes(b"\0\x05\x16\x07\0\x02\0\0Mac OS X")
     os.mkfifo(photos_dir / "pipe.jpg")
-    finetune_gray_imagenet.main(
-        [str(option) for option in options]
-    )  # 8 to learn from: a batch of 7, one of 1
+    finetune_gray_imagenet.main([*options, str(tmp_path / "gray")])  # 8 to learn from: a batch of 7, one of 1
     for name in ("0.jpg", "1.jpg"):
         (photos_dir / name).write_bytes(b"BM" + bytes(100))
     with pytest.raises(SystemExit) as stop:
-        finetune_gray_imagenet.main([*map(str, options), "--out-dir", str(tmp_path / "other")])
+        finetune_gray_imagenet.main([*options, str(tmp_path / "other")])
     assert stop.value.code.startswith("error: 2 of 10 images are not readable, expected a single one or 1%")
     assert str(photos_dir / "0.jpg") in stop.value.code
 
@@ -180,15 +160,7 @@ def test_photos_of_no_use_are_one_line_before_weights_are_loaded(tmp_path, numbe
     (tmp_path / "photos").mkdir()
     for name in range(number):
         Image.new("RGB", (64, 64)).save(tmp_path / "photos" / f"{name}.png")
-    options = [
-        "--data-dir",
-        tmp_path / "photos",
-        "--teacher-weights",
-        "none.pt",
-        "--out-dir",
-        tmp_path / "run",
-    ]
-    with pytest.raises(SystemExit) as stop:
-        finetune_gray_imagenet.main([str(option) for option in options])
-    assert message in stop.value.code
+    options = f"--data-dir {tmp_path}/photos --teacher-weights none.pt --out-dir {tmp_path}/run"
+    with pytest.raises(SystemExit, match=message):
+        finetune_gray_imagenet.main(options.split())
     assert list(tmp_path.iterdir()) == [tmp_path / "photos"]

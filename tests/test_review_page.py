@@ -126,17 +126,9 @@ def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys)
             montage.crop((x, y, x + 480, y + 480)).save(folder / f"{i}.jpg")
     torch.manual_seed(0)
     write_checkpoint(tmp_path / "fer.pt", shared.gray_resnet(ARCH, 2), CLASSES)
-    options = [
-        "--data-dir",
-        tmp_path / "photos",
-        "--faces-dir",
-        tmp_path / "faces",
-        "--no-mix",
-        "--epochs",
-        1,
-    ]
-    options += ["--init", tmp_path / "fer.pt", "--out-dir", tmp_path / "run", "--image-size", 64]
-    options = [str(option) for option in (*options, "--val-fraction", 0.5)]
+    options = f"--data-dir {tmp_path}/photos --faces-dir {tmp_path}/faces --init {tmp_path}/fer.pt --no-mix"
+    options += f" --out-dir {tmp_path}/run --epochs 1 --image-size 64 --val-fraction 0.5"
+    options = options.split()
     finetune_emotion.main([*options, "--review"])
     out = capsys.readouterr().out
     browser.get((tmp_path / "run" / "review.html").as_uri())
