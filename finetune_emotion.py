@@ -339,11 +339,20 @@ class Rehearsed:
 
 
 def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
-    """Return the sources that --mix names; without --mix FER's faces, if they are there."""
+    """Return the sources that --mix names; without --mix FER's faces, if they are there.
+
+    Raises:
+        ValueError: as `model.parse_sources`, or a source is called photos.
+    """
     if mix is None and not FER_DIR.is_dir():
         print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
         return {}
-    return shared.parse_sources([str(FER_DIR)] if mix is None else mix)
+    sources = shared.parse_sources([str(FER_DIR)] if mix is None else mix)
+    if "photos" in sources:
+        raise ValueError(
+            f"{sources['photos'].folder} has the name that the report has for --data-dir; rename it"
+        )
+    return sources
 
 
 def load_rehearsed(

@@ -644,3 +644,9 @@ def test_without_fer_nothing_is_rehearsed_and_it_says_so(tmp_path, options, monk
     monkeypatch.chdir(tmp_path)
     finetune_emotion.main([option for option in options if option != "--no-mix"])
     assert "data/fer is not there, so no faces are rehearsed" in capsys.readouterr().err
+
+
+def test_a_source_of_the_name_photos_is_refused(tmp_path, fer_dir, options):
+    photos = fer_dir.rename(tmp_path / "photos")
+    with pytest.raises(SystemExit, match=f"^error: {photos} has the name that the report has for --data-dir"):
+        finetune_emotion.main([*options, "--mix", str(photos)])
