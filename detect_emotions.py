@@ -1344,7 +1344,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     if image_format == "BMP":  # has no place for texts, but its readers ignore what follows
         file.write(MARK.encode())
     with shared.replacing(path) as temporary:
-        temporary.write_bytes(file.getbuffer())
+        temporary.write_bytes(file.getvalue())
 
 
 def text_cell(text: object) -> str:

@@ -569,7 +569,7 @@ class DataSet:
             file = io.BytesIO()  # on a disk that gets full, Pillow leaves half a file and says nothing
             small.save(file, "JPEG", quality=90, icc_profile=photo.info.get("icc_profile"))
             with shared.replacing(self.path(record), sync=True) as temporary:
-                temporary.write_bytes(file.getbuffer())
+                temporary.write_bytes(file.getvalue())
         elif record["status"] == "kept":
             self.path(record).parent.mkdir(exist_ok=True)
             source.replace(self.path(record))

@@ -1975,7 +1975,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     try:
         with replacing(path, sync=True) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
+            temporary.write_bytes(buffer.getvalue())
     except OSError as error:
         kept = "the former one is kept; " if path.exists() else ""
         raise OSError(f"{error}; {kept}free some space and go on with --resume") from None
