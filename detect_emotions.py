@@ -1933,7 +1933,7 @@ class Window:
         self._cv2, self._name, self._opened, self.is_left = load_opencv(), name, None, False
         has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
         if sys.platform == "linux" and not has_screen:  # Qt would end the process
-            raise ValueError("there is no screen for the live window; go without --show, see --help")
+            raise ValueError("there is no screen for a live window; leave --show out, or record by --out-dir")
         try:
             self._cv2.namedWindow(name, self._cv2.WINDOW_AUTOSIZE | self._cv2.WINDOW_GUI_NORMAL)
         except self._cv2.error:

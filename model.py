@@ -2994,7 +2994,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {expected}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all

@@ -1348,7 +1348,7 @@ def test_window_without_a_screen_is_one_line(run, monkeypatch):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     code, out, err = run("--camera", 0)
     assert (code, out) == (1, "")
-    assert err == "error: there is no screen for the live window; go without --show, see --help"
+    assert err == "error: there is no screen for a live window; leave --show out, or record by --out-dir"
 
 
 def test_window_without_opencv_names_the_remedy(run, monkeypatch):

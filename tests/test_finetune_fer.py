@@ -135,7 +135,10 @@ def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
     config, optimizer = whole["config"], whole["optimizer"]
     moments = {**optimizer["state"][0], "exp_avg": torch.ones(0)}
     for damaged, message in (
-        ({"config": {**config, "batch_size": -(2**63)}}, "argument --batch-size: .* is not between"),
+        (
+            {"config": {**config, "batch_size": -(2**63)}},
+            "argument --batch-size: .* is out of range",
+        ),
         ({"config": {**config, "mix": 7}}, "7 is no source of faces"),
         ({"config": {**config, "init": ["gray.pt"]}}, "there is no checkpoint"),
         ({"optimizer": {**optimizer, "state": {**optimizer["state"], 0: moments}}}, "its file is damaged"),
