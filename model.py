@@ -2047,11 +2047,13 @@ def _code_in(file: BinaryIO) -> str:
 
 def _num_bytes(content: object) -> int:
     """Return how much memory the tensors in dicts, lists and tuples say that they take."""
+    import torch
+
     if isinstance(content, dict):
         content = list(content.values())
     if isinstance(content, list | tuple):
         return sum(map(_num_bytes, content))
-    return getattr(content, "nbytes", 0)
+    return content.nbytes if isinstance(content, torch.Tensor) else 0
 
 
 def _foreign_content(content: object) -> str:

@@ -605,6 +605,8 @@ def zipped(entries, compression=zipfile.ZIP_STORED):
 
 
 STATE = {"conv1.weight": torch.ones(9)}
+ENDLESS = []
+ENDLESS.append(ENDLESS)
 
 
 @pytest.mark.parametrize(
@@ -626,6 +628,7 @@ STATE = {"conv1.weight": torch.ones(9)}
         (saved([1, 2]), "is a list"),
         (saved({"format": 2}), "is one of format 2"),
         (saved(STATE)[:-200], "is cut off or damaged"),
+        (saved({"format": 1, "history": ENDLESS}), "is cut off or damaged"),
         (saved({"w": torch.ones(9)}).replace(b"\0\0\x80?" * 9, b"\0\0\x80@" * 9), "is cut off or damaged"),
         (saved(Code()), "is a pickle with code in it (posix system), which is not run"),
         (saved(Code(), _use_new_zipfile_serialization=False), "is a pickle with code in it (posix system)"),
