@@ -2818,23 +2818,11 @@ def label_faces(
     return sorted(records, key=lambda record: record["box"][:2])
 
 
-def face_columns(classes: Sequence[str]) -> list[str]:
-    """Name the columns of `face_cells`."""
-    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
-    probs = [f"prob_{name}" for name in classes]
-    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
-
-
-def face_cells(record: dict) -> list:
-    """Spread a `face_record` over the cells of a row."""
-    points = itertools.chain(*record["landmarks"].values())
-    numbers = [*record["probs"].values(), *points]
-    return [*record["box"], record["face_prob"], record["emotion"], record["prob"], *numbers]
-
-
 def table_columns(classes: Sequence[str]) -> list[str]:
     """Name the columns of a table of faces: the file, the face's number in it, where in a video, the face."""
-    return ["file", "face", "frame", "time", "track", *face_columns(classes)]
+    face = ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *(f"prob_{name}" for name in classes)]
+    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
+    return ["file", "face", "frame", "time", "track", *face, *points]
 
 
 def face_rows(record: dict, keep_empty: bool = False) -> list[list]:
@@ -2847,10 +2835,12 @@ def face_rows(record: dict, keep_empty: bool = False) -> list[list]:
     when = [record.get("frame"), record.get("time")]
     if keep_empty and not record["faces"]:
         return [[record["file"], None, *when, None]]
-    return [
-        [record["file"], number, *when, face.get("track"), *face_cells(face)]
-        for number, face in enumerate(record["faces"], start=1)
-    ]
+    rows = []
+    for number, face in enumerate(record["faces"], start=1):
+        cells = [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values()]
+        points = itertools.chain(*face["landmarks"].values())
+        rows.append([record["file"], number, *when, face.get("track"), *cells, *points])
+    return rows
 
 
 def load_photo(path: Path | str) -> Image.Image:
