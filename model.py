@@ -2134,7 +2134,7 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
         expected = " or ".join(repr(stage) for stage in stages)
         raise ValueError(f"{path} has stage {str(checkpoint['stage'])[:20]!r}, expected {expected}")
     checkpoint.setdefault("default_classes", checkpoint["classes"])
-    checkpoint.setdefault("temperature_all", checkpoint.setdefault("temperature", 1.0))
+    checkpoint.setdefault("temperature_all", checkpoint["temperature"])
     try:
         _check_values(checkpoint)
         _check_weights(checkpoint["model"])
@@ -2271,13 +2271,14 @@ class Run:
 
 
 LOSS_EVERY = 20  # steps between two looks at the loss
+WARMUP = 0.05  # share of the run in which the learning rate rises
 
 
 class Schedule(NamedTuple):
     """How a run trains."""
 
     epochs: int
-    lr: float  # peak; the first twentieth of the run warms up, then a cosine goes to 0
+    lr: float  # peak; it rises over WARMUP, then a cosine goes to 0
     weight_decay: float
     ema: float = 0.0  # decay of the exponential moving average of the weights per step, 0 for none
 
@@ -2312,11 +2313,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def learning_rate(progress: float, lr: float, warmup: float = 0.05) -> float:
-    """Cosine schedule with linear warm-up; `progress` and `warmup` are shares of the run, 0-1."""
-    if progress < warmup:
-        return lr * progress / warmup
-    return lr * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+def learning_rate(progress: float, lr: float) -> float:
+    """Cosine schedule with linear warm-up; `progress` is a share of the run, 0-1."""
+    if progress < WARMUP:
+        return lr * progress / WARMUP
+    return lr * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))) / 2
 
 
 def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
