@@ -2576,9 +2576,7 @@ def fit_classifier(
         label_smoothing: see `soft_cross_entropy`.
     """
     criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
-
-    def validate(judged: nn.Module) -> dict[str, float]:
-        return judge_sources(judged, val, run, parent)
+    validate = functools.partial(judge_sources, sets=val, run=run, parent=parent)
 
     def score(record: dict) -> float:
         return -record["val_loss"]
