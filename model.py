@@ -1524,40 +1524,33 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-# How coarsely JPEG stores the brightness of 8x8 pixels, by frequency, at quality 50: ITU-T T.81, table K.1.
-JPEG_TABLE = (
-    (16, 11, 10, 16, 24, 40, 51, 61),
-    (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77),
-    (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101),
-    (72, 92, 95, 98, 112, 100, 103, 99),
-)
+@functools.cache
+def jpeg_table(quality: int) -> list[int]:
+    """Return how coarsely libjpeg stores the brightness of 8x8 pixels at a quality, by frequency, row by row."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG", quality=quality)
+    with Image.open(file) as image:
+        return image.quantization[0]
 
 
 def compress(images: Tensor, quality: Tensor) -> Tensor:
     """Return gray images (N, 1, H, W), float in 0-255, as JPEG of a quality (N,), 1-100, shows them.
 
-    It is what JPEG does with a gray image but for the lossless part, on any device. Qualities mean what
-    they mean in libjpeg.
+    It is what JPEG does with a gray image but for the lossless part, on any device. Qualities are whole.
     """
     import torch
     import torch.nn.functional as F
 
     n, _, height, width = images.shape
     device = images.device
-    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).to(device)
-    table = torch.tensor(JPEG_TABLE, device=device) * scale[:, None, None, None, None]
-    table = ((table + 50) / 100).floor().clamp(1, 255)  # (N, 1, 1, 8, 8)
+    tables = torch.tensor(list(map(jpeg_table, quality.int().tolist())), device=device).view(n, 1, 1, 8, 8)
     steps = torch.arange(8, device=device)
     cosines = torch.cos((2 * steps + 1) * steps[:, None] * math.pi / 16) / 2  # the DCT, (8, 8)
     cosines[0] /= math.sqrt(2)
     padded = F.pad(images, (0, -width % 8, 0, -height % 8), mode="replicate")
     rows, columns = padded.shape[2] // 8, padded.shape[3] // 8
     blocks = padded.view(n, rows, 8, columns, 8).transpose(2, 3) - 128
-    stored = (cosines @ blocks @ cosines.T / table).round() * table
+    stored = (cosines @ blocks @ cosines.T / tables).round() * tables
     blocks = (cosines.T @ stored @ cosines + 128).round().clamp(0, 255)
     return blocks.transpose(2, 3).reshape(padded.shape)[:, :, :height, :width]
 
