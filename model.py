@@ -1526,7 +1526,7 @@ def warp(
 
 @functools.cache
 def jpeg_table(quality: int) -> list[int]:
-    """Return how coarsely libjpeg stores the brightness of 8x8 pixels at a quality, by frequency, row by row."""
+    """Return in what steps libjpeg stores the 8x8 frequencies of brightness at a quality, row by row."""
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "JPEG", quality=quality)
     with Image.open(file) as image:
