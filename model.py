@@ -378,9 +378,6 @@ def filling_page(template: Path, path: Path) -> Iterator[Callable[[object], None
     """Write a page from a template that has __DATA__ where its data go; give the function that adds a value.
 
     Each value becomes a line of JSON in which no text, such as a file's name, can end the script element.
-
-    Raises:
-        OSError: as `replacing`.
     """
     before, after = template.read_text(encoding="utf-8").split("__DATA__")
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as page:
@@ -1246,12 +1243,10 @@ NUM_SAMPLED = 20  # images whose size is looked at
 
 
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
-    """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+    """List the image files below `folder`, sorted, ValueError if there are none.
 
-    What macOS writes beside a picture on foreign disks, ._picture.jpg, is no picture.
-
-    Raises:
-        ValueError: there are none.
+    With a limit, that many, evenly spread over the list. What macOS writes beside a picture on foreign disks,
+    ._picture.jpg, is no picture.
     """
     paths = sorted(
         path
@@ -1298,13 +1293,10 @@ def load_images(
 
     Images are cut to their central square and resized to `size` pixels; without `size`, to the largest side
     of a sample of them, at most `max_size`. Several threads read. A few that are not readable are named on
-    stderr and left out.
+    stderr and left out, see `check_readable`.
 
     Returns:
         The images, and their N paths.
-
-    Raises:
-        ValueError: as `check_readable`.
     """
     import torch
 
@@ -1371,11 +1363,7 @@ def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
 
 
 def find_classes(folder: Path) -> list[str]:
-    """List the emotions that a source has a folder for, sorted.
-
-    Raises:
-        ValueError: there are fewer than two.
-    """
+    """List the emotions that a source has a folder for, sorted, ValueError if there are fewer than two."""
     root = folder / "train" if (folder / "train").is_dir() else folder
     paths = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     classes = sorted(path.name for path in paths if not path.name.startswith("."))
@@ -1385,11 +1373,7 @@ def find_classes(folder: Path) -> list[str]:
 
 
 def check_sources(folders: Iterable[Path]) -> list[str]:
-    """Return the classes that sources have together, sorted, once they look as if one could learn from them.
-
-    Raises:
-        ValueError: what `find_classes`, `check_classes` and `check_pictures` find wrong.
-    """
+    """Return the classes that sources have together, sorted, once they look as if one could learn from them."""
     learned = set()
     for folder in folders:
         classes = find_classes(folder)
@@ -1431,13 +1415,10 @@ def load_faces(
     size: int | None = None,
     max_size: int = MAX_IMAGE_SIZE,
 ) -> tuple[Tensor, Tensor, Sequence[Path]]:
-    """Read a split's faces, see `list_split` and `load_images`.
+    """Read a split's faces, see `list_split` and `load_images`, ValueError if there are none.
 
     Returns:
         Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
-
-    Raises:
-        ValueError: there are none, or more than a few are not readable.
     """
     import torch
 
@@ -1957,11 +1938,7 @@ ZIPPED = {  # a name in a zip archive, and what the archive is then
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint, whole and on the disk.
-
-    Raises:
-        OSError: it could not be written; what stood at `path` is untouched.
-    """
+    """Write a checkpoint, whole and on the disk; raises OSError as `replacing`."""
     import torch
 
     buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, a plain write a telling OSError
@@ -2471,9 +2448,6 @@ def fit(
         validate: returns figures by name; it gets the averaged weights when there are any.
         score: of an epoch's record, the higher the better; it picks the best epoch.
         resume: the checkpoint `last.pt` of a run with the same options.
-
-    Raises:
-        ValueError: the loss is not finite any more.
     """
     optimizer = build_optimizer(net, schedule.weight_decay)
     averaged = average_weights(net, schedule.ema) if schedule.ema else None
@@ -2590,11 +2564,7 @@ LICENCE = "as the training faces allow; those of the shipped model: non-commerci
 
 
 def draw_up(path: Path) -> Blueprint:
-    """Return the blueprint of a checkpoint's classifier, for gray faces (N, S, S, 1), values 0-255; logits.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint`.
-    """
+    """Return the blueprint of a checkpoint's classifier, for gray faces (N, S, S, 1), values 0-255; logits."""
     import torch
 
     checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
@@ -2608,9 +2578,6 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
 
     It takes `faces`, gray (N, S, S, 1), float32 in 0-255, and returns `logits` (N, C) of all classes. Its
     metadata `emotion_detector` is JSON: what NOTES names, the licence, and `written_by`.
-
-    Raises:
-        ValueError: the suffix is another one, packages lack, or as `load_checkpoint`.
     """
     if destination.suffix not in EXPORTED:
         raise ValueError(f"cannot export to {destination}, expected a name that ends in .onnx or .xml")
@@ -2650,11 +2617,7 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
 
 
 def read_exported(path: Path) -> Blueprint:
-    """Return the blueprint of what `export_network` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return the blueprint of what `export_network` wrote, ValueError if it is something else."""
     openvino = load_openvino()
     try:
         model = openvino.Core().read_model(path)
@@ -2877,19 +2840,11 @@ def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False)
 def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
-    """Find and classify the faces of one image or a list of them.
-
-    Args:
-        images: see `as_image`; or a list or tuple of these.
-        bgr: see `as_image`.
-        unsure: see `face_record`.
+    """Find and classify the faces of one image, or of a list or tuple of them; see `as_image`.
 
     Returns:
         A row for each face, from left to right, with the columns of detect_emotions.py --csv. `file` is the
         path, of other images their place in the list; `frame`, `time` and `track` are empty.
-
-    Raises:
-        ValueError, OSError: as `as_image`.
     """
     import pandas as pd
 
