@@ -1373,7 +1373,7 @@ def find_classes(folder: Path) -> list[str]:
 
 
 def check_sources(folders: Iterable[Path]) -> list[str]:
-    """Return the classes that sources have together, sorted, once they look as if one could learn from them."""
+    """Return the classes that sources have together, sorted, ValueError if one cannot learn from them."""
     learned = set()
     for folder in folders:
         classes = find_classes(folder)
@@ -2564,7 +2564,7 @@ LICENCE = "as the training faces allow; those of the shipped model: non-commerci
 
 
 def draw_up(path: Path) -> Blueprint:
-    """Return the blueprint of a checkpoint's classifier, for gray faces (N, S, S, 1), values 0-255; logits."""
+    """Return the blueprint of a checkpoint's classifier: gray faces (N, S, S, 1), 0-255, to logits (N, C)."""
     import torch
 
     checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
@@ -2840,7 +2840,9 @@ def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False)
 def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
-    """Find and classify the faces of one image, or of a list or tuple of them; see `as_image`.
+    """Find and classify the faces of one image or of a list or tuple of them.
+
+    What an image may be, and `bgr`, see `as_image`; `unsure`, see `face_record`.
 
     Returns:
         A row for each face, from left to right, with the columns of detect_emotions.py --csv. `file` is the
