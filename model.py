@@ -1690,12 +1690,6 @@ UNSURE_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least probabilities of a label
 ENOUGH = 200  # faces to fit a temperature to; a handful gave 0.055 or 20
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count (num_classes, num_classes) int64, true class by row and predicted class by column."""
-    counts = (labels * num_classes + predicted).bincount(minlength=num_classes**2)
-    return counts.reshape(num_classes, -1)
-
-
 def among(logits: Tensor, labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return logits (n, len(chosen)) and labels (n,) of the faces that are of the chosen classes alone."""
     import torch
@@ -1761,13 +1755,14 @@ def judge(logits: Tensor, labels: Tensor, temperature: float, classes: Sequence[
     """
     import torch.nn.functional as F
 
-    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
+    predicted, num = logits.argmax(1), len(classes)
+    matrix = (labels * num + predicted).bincount(minlength=num**2).reshape(num, num)
     counts = matrix.sum(1)
     recalls = matrix.diag() / counts.clamp(min=1)
     return {
         "n": len(labels),
         "loss": F.cross_entropy(logits / temperature, labels).item(),
-        "acc": (logits.argmax(1) == labels).float().mean().item(),
+        "acc": (predicted == labels).float().mean().item(),
         "mean_recall": recalls[counts > 0].mean().item(),
         "ece": calibration_error((logits / temperature).softmax(1), labels),
         "recall": dict(zip(classes, recalls.tolist(), strict=True)),
@@ -1805,7 +1800,8 @@ def report(
         )
 
     print(f"{split}: {line(record)} (always the commonest class: accuracy {majority:.2%})")
-    confidence, predicted = (logits / temperature).softmax(1).max(1)
+    probs = (logits / temperature).softmax(1)
+    confidence, predicted = probs.max(1)
     labelled = {level: (predicted == labels)[confidence >= level].float() for level in UNSURE_LEVELS}
     parts = [
         f"{level} {right.sum() / max(len(right), 1):.1%} of {len(right) / len(labels):.1%}"
@@ -1823,7 +1819,6 @@ def report(
         return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
     plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    probs = (logits / temperature).softmax(1)
     plot_reliability({split: (probs, labels)}, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     path = printable(out_dir / f"{split}.json")
