@@ -1312,12 +1312,11 @@ def load_images(
             image = image.resize((target, target), how, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    target, sides = size, []
+    sides = []
     for path in () if size else spread(paths, NUM_SAMPLED):
         with contextlib.suppress(PictureError):
             sides.append(min(open_picture(path).size))
-    if not size:
-        target = min(max(sides, default=max_size), max_size)
+    target = size or min(max(sides, default=max_size), max_size)
     bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
     results = list(bar)
     errors = [result for result in results if isinstance(result, PictureError)]
