@@ -53,7 +53,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
@@ -1619,42 +1619,32 @@ def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
     return batches
 
 
+@dataclass(eq=False)
 class FaceBatches:
     """Labelled faces that stay in the device's memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
-
-    Args:
-        images: (N, 1, S, S) uint8.
-        labels: (N,) int64.
-        targets: (N, ...) float32 shares of the classes, learned in the labels' place.
-        balance: see `epoch_order`.
-        groups: (N,) int64, what is balanced (default: the labels).
-        weights: (N,) float, how often a face comes.
-        mixup: 0 for none; else, with targets, blend a batch's images each with another, by shares from
-            Beta(mixup, mixup). Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        image_size: int,
-        device: torch.device,
-        *,
-        targets: Tensor | None = None,
-        balance: float = 0.0,
-        groups: Tensor | None = None,
-        weights: Tensor | None = None,
-        mixup: float = 0.0,
-        seed: int = 0,
-    ):
-        self.images, self.labels, self.device = images.to(device), labels, device
-        self.targets = (labels if targets is None else targets).to(device)
-        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self.balance, self.groups, self.weights = balance, labels if groups is None else groups, weights
-        self.mixup = mixup
+    images: Tensor  # (N, 1, S, S) uint8
+    labels: Tensor  # (N,) int64
+    batch_size: int
+    image_size: int
+    device: torch.device
+    _: KW_ONLY
+    targets: Tensor | None = None  # (N, ...) float32, shares of the classes; default: learn the labels
+    balance: float = 0.0  # see `epoch_order`
+    groups: Tensor | None = None  # (N,) int64, what is balanced; default: the labels
+    weights: Tensor | None = None  # (N,) float, how often a face comes
+    # With targets: blend a batch's images each with another, by shares from Beta(mixup, mixup); 0: do not.
+    # Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
+    mixup: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        self.images = self.images.to(self.device)
+        self.targets = (self.labels if self.targets is None else self.targets).to(self.device)
+        self.groups = self.labels if self.groups is None else self.groups
 
     def __len__(self) -> int:
         return len(self.labels)
