@@ -1274,12 +1274,7 @@ def check_pictures(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def check_readable(errors: Sequence[object], total: int) -> None:
-    """Raise ValueError if training cannot do without those of its images that are not readable.
-
-    Args:
-        errors: one for each of these, which names it.
-        total: number of images.
-    """
+    """Raise ValueError if training cannot do without those of its `total` images that the `errors` name."""
     if len(errors) > min(max(1, MAX_UNREADABLE * total), total - 1):
         share = f"{len(errors)} of {total} images are not readable"
         limit = f"expected a single one or {MAX_UNREADABLE:.0%} at most"
@@ -2289,19 +2284,17 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
 def _load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load the state of an earlier run's AdamW, but not its settings, which follow from the options.
 
-    Raises:
-        ValueError, LookupError, TypeError: it is damaged, or other parameters learned.
+    If it is damaged, or other parameters learned, it raises one of many types of errors.
     """
     own = optimizer.state_dict()
     for mine, theirs in zip(own["param_groups"], saved["param_groups"], strict=True):
         if mine["params"] != theirs["params"]:
-            raise ValueError("other parameters learned")
+            raise ValueError
     optimizer.load_state_dict(own | {"state": saved["state"]})
     for parameter, moments in optimizer.state.items():
-        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
-            raise ValueError("they had other shapes")
-        if moments["step"].numel() != 1:
-            raise ValueError("its steps are no number")
+        shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq", "step")]
+        if shapes != [parameter.shape, parameter.shape, ()]:
+            raise ValueError
 
 
 def average_weights(net: nn.Module, decay: float) -> AveragedModel:
