@@ -167,17 +167,6 @@ def place() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def from_first(make: Callable[[], object]) -> object:
-    """Return in all processes what `make` returns in the first; in the others it is not called."""
-    rank, world = place()
-    made = [None if rank else make()]
-    if world > 1:
-        import torch
-
-        torch.distributed.broadcast_object_list(made)
-    return made[0]
-
-
 def gather(value: object) -> list:
     """Wait until all processes that joined each other are here; return what each gives, by rank."""
     values = [value] * place()[1]
@@ -186,6 +175,11 @@ def gather(value: object) -> list:
 
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """Return in all processes what `make` returns in the first; in the others it is not called."""
+    return gather(None if place()[0] else make())[0]
 
 
 def leave_others() -> None:
