@@ -671,8 +671,6 @@ def draw_back(
 
 def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
     """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
-    import torch
-
     width = max(map(len, results["before"])) + 1
     columns = {name: max(12, len(name) + 1) for name in ("n", "accuracy", "mean recall", *classes)}
     print(f"{'':{width + 7}}" + "".join(f"{name:>{size}}" for name, size in columns.items()))
@@ -683,7 +681,7 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
         sized = zip(cells, columns.values(), strict=True)
         print(f"{name:{width}}{when:7}" + "".join(f"{cell:>{size}}" for cell, size in sized))
     shared.save_json(out_dir / "emotion.json", results)
-    matrix = torch.tensor(results["after"]["photos val"]["confusion"])
+    matrix = results["after"]["photos val"]["confusion"]
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
     print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
 

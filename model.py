@@ -1764,12 +1764,10 @@ def report(
         out_dir: None to write nothing.
         subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
     """
-    import torch
-
     record = judge(logits, labels, temperature, classes)
     record["subsets"] = {}
-    matrix = torch.tensor(record["confusion"])
-    majority = matrix.sum(1).max().item() / len(labels)
+    counts = [sum(row) for row in record["confusion"]]
+    majority = max(counts) / len(labels)
 
     def line(figures: dict) -> str:
         return (
@@ -1786,7 +1784,7 @@ def report(
         for level, right in labelled.items()
     ]
     print(f"{split}: accuracy and share of the faces that --unsure P labels: {', '.join(parts)}")
-    for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
+    for name, count in zip(classes, counts, strict=True):
         print(f"{split}: recall {record['recall'][name]:7.2%} of {count:5} {name}")
     for name, mask in subsets.items():
         if mask.any():
@@ -1796,7 +1794,7 @@ def report(
     if not out_dir:
         return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
-    plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
+    plot_confusion(record["confusion"], classes, title, out_dir / f"{split}_confusion.png")
     plot_reliability({split: (probs, labels)}, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     path = printable(out_dir / f"{split}.json")
@@ -1835,11 +1833,12 @@ def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Pa
     _save_figure(figure, path)
 
 
-def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
+def plot_confusion(confusion: list[list[int]], classes: Sequence[str], title: str, path: Path) -> None:
+    """Draw `judge`'s confusion matrix with counts and row shares, and each class's recall, into a PNG."""
     from matplotlib.figure import Figure
 
-    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    matrix = np.array(confusion)
+    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
     names = [textwrap.fill(name, 20) for name in classes]
     is_long = max(len(line) for name in names for line in name.splitlines()) > 9  # of a column's width
     side = max(5, 1.5 + 0.7 * len(names))  # inches: each cell holds two lines of text

@@ -555,7 +555,7 @@ def test_a_head_without_a_target_does_not_learn():
 def test_a_confusion_matrix_grows_with_its_classes_and_says_once_which_letters_it_lacks(tmp_path, capsys):
     sizes = {}
     for names in (shared.EMOTIONS, [f"mildly-disappointed-but-polite 快乐 {n}" for n in range(12)]):
-        path, counts = tmp_path / "plot.png", torch.eye(len(names), dtype=torch.int64)
+        path, counts = tmp_path / "plot.png", np.eye(len(names), dtype=int)
         shared.plot_confusion(counts, names, "test", path)
         with Image.open(path) as plot:
             sizes[len(names)] = plot.size
