@@ -1822,9 +1822,7 @@ def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Pa
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     epochs = [record["epoch"] for record in history]
-    for axes, (title, names) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             axes.plot(epochs, [record[name] for record in history], marker=".", label=name.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
@@ -2175,7 +2173,7 @@ class Run:
         print(printable(f"if it stops, go on with --resume {last}, written after every epoch"), flush=True)
 
     def save_best(self, net: nn.Module, history: list[dict]) -> None:
-        """Write the best checkpoint: of several heads (see `several_heads`), it keeps the first."""
+        """Write the best checkpoint: of several heads, see `add_heads`, it keeps the first."""
         weights = dict(net.state_dict())
         for name in {"fc.weight", "fc.bias"} & weights.keys():
             weights[name] = weights[name][: len(self.classes)].clone()
