@@ -652,7 +652,6 @@ def draw_back(
 def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], out_dir: Path) -> None:
     """Print results["before" and "after"][set] as a table; write emotion.json and the photos' confusion."""
     import pandas as pd
-    import torch
 
     width, rows = max(map(len, results["before"])) + 1, {}
     for name, when in itertools.product(results["before"], ("before", "after")):
@@ -662,7 +661,7 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     columns = ["n", "accuracy", "mean recall", *classes]
     print(pd.DataFrame.from_dict(rows, "index", columns=columns).to_string(col_space=11))
     shared.save_json(out_dir / "emotion.json", results)
-    matrix = torch.tensor(results["after"]["photos val"]["confusion"])
+    matrix = results["after"]["photos val"]["confusion"]
     shared.plot_confusion(matrix, classes, "held-out photos, after", out_dir / "photos_confusion.png")
     print(shared.printable(f"wrote {out_dir / 'emotion.json'} and {out_dir / 'photos_confusion.png'}"))
 

@@ -53,7 +53,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
 
@@ -167,17 +167,6 @@ def place() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def from_first(make: Callable[[], object]) -> object:
-    """Return in all processes what `make` returns in the first; in the others it is not called."""
-    rank, world = place()
-    made = [None if rank else make()]
-    if world > 1:
-        import torch
-
-        torch.distributed.broadcast_object_list(made)
-    return made[0]
-
-
 def gather(value: object) -> list:
     """Wait until all processes that joined each other are here; return what each gives, by rank."""
     values = [value] * place()[1]
@@ -186,6 +175,11 @@ def gather(value: object) -> list:
 
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """Return in all processes what `make` returns in the first; in the others it is not called."""
+    return gather(None if place()[0] else make())[0]
 
 
 def leave_others() -> None:
@@ -378,9 +372,6 @@ def filling_page(template: Path, path: Path) -> Iterator[Callable[[object], None
     """Write a page from a template that has __DATA__ where its data go; give the function that adds a value.
 
     Each value becomes a line of JSON in which no text, such as a file's name, can end the script element.
-
-    Raises:
-        OSError: as `replacing`.
     """
     before, after = template.read_text(encoding="utf-8").split("__DATA__")
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as page:
@@ -1246,12 +1237,10 @@ NUM_SAMPLED = 20  # images whose size is looked at
 
 
 def list_images(folder: Path, limit: int | None = None) -> Sequence[Path]:
-    """List the image files below `folder`, sorted; with a limit, that many, evenly spread over the list.
+    """List the image files below `folder`, sorted, ValueError if there are none.
 
-    What macOS writes beside a picture on foreign disks, ._picture.jpg, is no picture.
-
-    Raises:
-        ValueError: there are none.
+    With a limit, that many, evenly spread over the list. What macOS writes beside a picture on foreign disks,
+    ._picture.jpg, is no picture.
     """
     paths = sorted(
         path
@@ -1279,12 +1268,7 @@ def check_pictures(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def check_readable(errors: Sequence[object], total: int) -> None:
-    """Raise ValueError if training cannot do without those of its images that are not readable.
-
-    Args:
-        errors: one for each of these, which names it.
-        total: number of images.
-    """
+    """Raise ValueError if training cannot do without those of its `total` images that the `errors` name."""
     if len(errors) > min(max(1, MAX_UNREADABLE * total), total - 1):
         share = f"{len(errors)} of {total} images are not readable"
         limit = f"expected a single one or {MAX_UNREADABLE:.0%} at most"
@@ -1298,13 +1282,10 @@ def load_images(
 
     Images are cut to their central square and resized to `size` pixels; without `size`, to the largest side
     of a sample of them, at most `max_size`. Several threads read. A few that are not readable are named on
-    stderr and left out.
+    stderr and left out, see `check_readable`.
 
     Returns:
         The images, and their N paths.
-
-    Raises:
-        ValueError: as `check_readable`.
     """
     import torch
 
@@ -1320,12 +1301,11 @@ def load_images(
             image = image.resize((target, target), how, (x, y, x + side, y + side))
         return np.asarray(image).reshape(target, target, -1)
 
-    target, sides = size, []
+    sides = []
     for path in () if size else spread(paths, NUM_SAMPLED):
         with contextlib.suppress(PictureError):
             sides.append(min(open_picture(path).size))
-    if not size:
-        target = min(max(sides, default=max_size), max_size)
+    target = size or min(max(sides, default=max_size), max_size)
     bar = tqdm(_threads().map(read, paths), "reading", len(paths), unit="image", disable=None, leave=False)
     results = list(bar)
     errors = [result for result in results if isinstance(result, PictureError)]
@@ -1371,11 +1351,7 @@ def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
 
 
 def find_classes(folder: Path) -> list[str]:
-    """List the emotions that a source has a folder for, sorted.
-
-    Raises:
-        ValueError: there are fewer than two.
-    """
+    """List the emotions that a source has a folder for, sorted, ValueError if there are fewer than two."""
     root = folder / "train" if (folder / "train").is_dir() else folder
     paths = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     classes = sorted(path.name for path in paths if not path.name.startswith("."))
@@ -1385,11 +1361,7 @@ def find_classes(folder: Path) -> list[str]:
 
 
 def check_sources(folders: Iterable[Path]) -> list[str]:
-    """Return the classes that sources have together, sorted, once they look as if one could learn from them.
-
-    Raises:
-        ValueError: what `find_classes`, `check_classes` and `check_pictures` find wrong.
-    """
+    """Return the classes that sources have together, sorted, ValueError if one cannot learn from them."""
     learned = set()
     for folder in folders:
         classes = find_classes(folder)
@@ -1431,13 +1403,10 @@ def load_faces(
     size: int | None = None,
     max_size: int = MAX_IMAGE_SIZE,
 ) -> tuple[Tensor, Tensor, Sequence[Path]]:
-    """Read a split's faces, see `list_split` and `load_images`.
+    """Read a split's faces, see `list_split` and `load_images`, ValueError if there are none.
 
     Returns:
         Gray images (N, 1, S, S) uint8, labels (N,) int64, indices of `classes`, and the N paths.
-
-    Raises:
-        ValueError: there are none, or more than a few are not readable.
     """
     import torch
 
@@ -1524,40 +1493,33 @@ def warp(
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-# How coarsely JPEG stores the brightness of 8x8 pixels, by frequency, at quality 50: ITU-T T.81, table K.1.
-JPEG_TABLE = (
-    (16, 11, 10, 16, 24, 40, 51, 61),
-    (12, 12, 14, 19, 26, 58, 60, 55),
-    (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62),
-    (18, 22, 37, 56, 68, 109, 103, 77),
-    (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101),
-    (72, 92, 95, 98, 112, 100, 103, 99),
-)
+@functools.cache
+def jpeg_table(quality: int) -> list[int]:
+    """Return in what steps libjpeg stores the 8x8 frequencies of brightness at a quality, row by row."""
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "JPEG", quality=quality)
+    with Image.open(file) as image:
+        return image.quantization[0]
 
 
 def compress(images: Tensor, quality: Tensor) -> Tensor:
     """Return gray images (N, 1, H, W), float in 0-255, as JPEG of a quality (N,), 1-100, shows them.
 
-    It is what JPEG does with a gray image but for the lossless part, on any device. Qualities mean what
-    they mean in libjpeg.
+    It is what JPEG does with a gray image but for the lossless part, on any device. Qualities are whole.
     """
     import torch
     import torch.nn.functional as F
 
     n, _, height, width = images.shape
     device = images.device
-    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).to(device)
-    table = torch.tensor(JPEG_TABLE, device=device) * scale[:, None, None, None, None]
-    table = ((table + 50) / 100).floor().clamp(1, 255)  # (N, 1, 1, 8, 8)
+    tables = torch.tensor(list(map(jpeg_table, quality.int().tolist())), device=device).view(n, 1, 1, 8, 8)
     steps = torch.arange(8, device=device)
     cosines = torch.cos((2 * steps + 1) * steps[:, None] * math.pi / 16) / 2  # the DCT, (8, 8)
     cosines[0] /= math.sqrt(2)
     padded = F.pad(images, (0, -width % 8, 0, -height % 8), mode="replicate")
     rows, columns = padded.shape[2] // 8, padded.shape[3] // 8
     blocks = padded.view(n, rows, 8, columns, 8).transpose(2, 3) - 128
-    stored = (cosines @ blocks @ cosines.T / table).round() * table
+    stored = (cosines @ blocks @ cosines.T / tables).round() * tables
     blocks = (cosines.T @ stored @ cosines + 128).round().clamp(0, 255)
     return blocks.transpose(2, 3).reshape(padded.shape)[:, :, :height, :width]
 
@@ -1646,42 +1608,32 @@ def split_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
     return batches
 
 
+@dataclass(eq=False)
 class FaceBatches:
     """Labelled faces that stay in the device's memory as uint8 and are fed in augmented batches.
 
     What an epoch holds depends on `seed` and its number alone, so a resumed run sees what it would have seen.
-
-    Args:
-        images: (N, 1, S, S) uint8.
-        labels: (N,) int64.
-        targets: (N, ...) float32 shares of the classes, learned in the labels' place.
-        balance: see `epoch_order`.
-        groups: (N,) int64, what is balanced (default: the labels).
-        weights: (N,) float, how often a face comes.
-        mixup: 0 for none; else, with targets, blend a batch's images each with another, by shares from
-            Beta(mixup, mixup). Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        image_size: int,
-        device: torch.device,
-        *,
-        targets: Tensor | None = None,
-        balance: float = 0.0,
-        groups: Tensor | None = None,
-        weights: Tensor | None = None,
-        mixup: float = 0.0,
-        seed: int = 0,
-    ):
-        self.images, self.labels, self.device = images.to(device), labels, device
-        self.targets = (labels if targets is None else targets).to(device)
-        self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
-        self.balance, self.groups, self.weights = balance, labels if groups is None else groups, weights
-        self.mixup = mixup
+    images: Tensor  # (N, 1, S, S) uint8
+    labels: Tensor  # (N,) int64
+    batch_size: int
+    image_size: int
+    device: torch.device
+    _: KW_ONLY
+    targets: Tensor | None = None  # (N, ...) float32, shares of the classes; default: learn the labels
+    balance: float = 0.0  # see `epoch_order`
+    groups: Tensor | None = None  # (N,) int64, what is balanced; default: the labels
+    weights: Tensor | None = None  # (N,) float, how often a face comes
+    # With targets: blend a batch's images each with another, by shares from Beta(mixup, mixup); 0: do not.
+    # Source: Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization".
+    mixup: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self):
+        self.images = self.images.to(self.device)
+        self.targets = (self.labels if self.targets is None else self.targets).to(self.device)
+        self.groups = self.labels if self.groups is None else self.groups
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -1714,12 +1666,6 @@ class FaceBatches:
 FIGURES = ("loss", "acc", "mean_recall", "ece")  # of `judge`, the single numbers
 UNSURE_LEVELS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # least probabilities of a label that are reported
 ENOUGH = 200  # faces to fit a temperature to; a handful gave 0.055 or 20
-
-
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Count (num_classes, num_classes) int64, true class by row and predicted class by column."""
-    counts = (labels * num_classes + predicted).bincount(minlength=num_classes**2)
-    return counts.reshape(num_classes, -1)
 
 
 def among(logits: Tensor, labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -1787,13 +1733,14 @@ def judge(logits: Tensor, labels: Tensor, temperature: float, classes: Sequence[
     """
     import torch.nn.functional as F
 
-    matrix = confusion_matrix(logits.argmax(1), labels, len(classes))
+    predicted, num = logits.argmax(1), len(classes)
+    matrix = (labels * num + predicted).bincount(minlength=num**2).reshape(num, num)
     counts = matrix.sum(1)
     recalls = matrix.diag() / counts.clamp(min=1)
     return {
         "n": len(labels),
         "loss": F.cross_entropy(logits / temperature, labels).item(),
-        "acc": (logits.argmax(1) == labels).float().mean().item(),
+        "acc": (predicted == labels).float().mean().item(),
         "mean_recall": recalls[counts > 0].mean().item(),
         "ece": calibration_error((logits / temperature).softmax(1), labels),
         "recall": dict(zip(classes, recalls.tolist(), strict=True)),
@@ -1817,12 +1764,10 @@ def report(
         out_dir: None to write nothing.
         subsets: masks (N,) bool of faces to be judged apart as well, by name; an empty one is left out.
     """
-    import torch
-
     record = judge(logits, labels, temperature, classes)
     record["subsets"] = {}
-    matrix = torch.tensor(record["confusion"])
-    majority = matrix.sum(1).max().item() / len(labels)
+    counts = [sum(row) for row in record["confusion"]]
+    majority = max(counts) / len(labels)
 
     def line(figures: dict) -> str:
         return (
@@ -1831,14 +1776,15 @@ def report(
         )
 
     print(f"{split}: {line(record)} (always the commonest class: accuracy {majority:.2%})")
-    confidence, predicted = (logits / temperature).softmax(1).max(1)
+    probs = (logits / temperature).softmax(1)
+    confidence, predicted = probs.max(1)
     labelled = {level: (predicted == labels)[confidence >= level].float() for level in UNSURE_LEVELS}
     parts = [
         f"{level} {right.sum() / max(len(right), 1):.1%} of {len(right) / len(labels):.1%}"
         for level, right in labelled.items()
     ]
     print(f"{split}: accuracy and share of the faces that --unsure P labels: {', '.join(parts)}")
-    for name, count in zip(classes, matrix.sum(1).tolist(), strict=True):
+    for name, count in zip(classes, counts, strict=True):
         print(f"{split}: recall {record['recall'][name]:7.2%} of {count:5} {name}")
     for name, mask in subsets.items():
         if mask.any():
@@ -1848,8 +1794,7 @@ def report(
     if not out_dir:
         return
     title = f"{split}: accuracy {record['acc']:.1%}, n = {len(labels)}"
-    plot_confusion(matrix, classes, title, out_dir / f"{split}_confusion.png")
-    probs = (logits / temperature).softmax(1)
+    plot_confusion(record["confusion"], classes, title, out_dir / f"{split}_confusion.png")
     plot_reliability({split: (probs, labels)}, out_dir / f"{split}_reliability.png")
     save_json(out_dir / f"{split}.json", record)
     path = printable(out_dir / f"{split}.json")
@@ -1877,9 +1822,7 @@ def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Pa
 
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     epochs = [record["epoch"] for record in history]
-    for axes, (title, names) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
             axes.plot(epochs, [record[name] for record in history], marker=".", label=name.replace("_", " "))
         axes.set(title=title, xlabel="epoch")
@@ -1888,11 +1831,12 @@ def plot_history(history: list[dict], panels: dict[str, Sequence[str]], path: Pa
     _save_figure(figure, path)
 
 
-def plot_confusion(matrix: Tensor, classes: Sequence[str], title: str, path: Path) -> None:
-    """Draw a confusion matrix with counts and row shares, and each class's recall beside it, into a PNG."""
+def plot_confusion(confusion: list[list[int]], classes: Sequence[str], title: str, path: Path) -> None:
+    """Draw `judge`'s confusion matrix with counts and row shares, and each class's recall, into a PNG."""
     from matplotlib.figure import Figure
 
-    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    matrix = np.array(confusion)
+    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
     names = [textwrap.fill(name, 20) for name in classes]
     is_long = max(len(line) for name in names for line in name.splitlines()) > 9  # of a column's width
     side = max(5, 1.5 + 0.7 * len(names))  # inches: each cell holds two lines of text
@@ -1964,11 +1908,7 @@ ZIPPED = {  # a name in a zip archive, and what the archive is then
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint, whole and on the disk.
-
-    Raises:
-        OSError: it could not be written; what stood at `path` is untouched.
-    """
+    """Write a checkpoint, whole and on the disk; raises OSError as `replacing`."""
     import torch
 
     buffer = io.BytesIO()  # torch.save to a full disk raises RuntimeError, a plain write a telling OSError
@@ -1999,7 +1939,7 @@ def load_tensors(path: Path, expected: str) -> object:
         what = _foreign(path)
         if not what:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            if sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(content)) <= size:
+            if _num_bytes(content) <= size:
                 return content
             what = "one whose tensors say that they are larger than the file"
     except Exception as error:  # zipfile, pickletools and torch raise a dozen types for a damaged file
@@ -2045,17 +1985,15 @@ def _code_in(file: BinaryIO) -> str:
     return ""
 
 
-def _tensors_in(content: object) -> Iterator[Tensor]:
-    """Yield the tensors in dicts, lists and tuples, however nested."""
+def _num_bytes(content: object) -> int:
+    """Return how much memory the tensors in dicts, lists and tuples say that they take."""
     import torch
 
-    rest = [content]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            rest += value.values() if isinstance(value, dict) else value
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list | tuple):
+        return sum(map(_num_bytes, content))
+    return content.nbytes if isinstance(content, torch.Tensor) else 0
 
 
 def _foreign_content(content: object) -> str:
@@ -2140,7 +2078,7 @@ def load_checkpoint(path: Path, stages: Sequence[str] = STAGES) -> dict:
         expected = " or ".join(repr(stage) for stage in stages)
         raise ValueError(f"{path} has stage {str(checkpoint['stage'])[:20]!r}, expected {expected}")
     checkpoint.setdefault("default_classes", checkpoint["classes"])
-    checkpoint.setdefault("temperature_all", checkpoint.setdefault("temperature", 1.0))
+    checkpoint.setdefault("temperature_all", checkpoint["temperature"])
     try:
         _check_values(checkpoint)
         _check_weights(checkpoint["model"])
@@ -2239,7 +2177,7 @@ class Run:
         print(printable(f"if it stops, go on with --resume {last}, written after every epoch"), flush=True)
 
     def save_best(self, net: nn.Module, history: list[dict]) -> None:
-        """Write the best checkpoint: of several heads (see `several_heads`), it keeps the first."""
+        """Write the best checkpoint: of several heads, see `add_heads`, it keeps the first."""
         weights = dict(net.state_dict())
         for name in {"fc.weight", "fc.bias"} & weights.keys():
             weights[name] = weights[name][: len(self.classes)].clone()
@@ -2277,13 +2215,14 @@ class Run:
 
 
 LOSS_EVERY = 20  # steps between two looks at the loss
+WARMUP = 0.05  # share of the run in which the learning rate rises
 
 
 class Schedule(NamedTuple):
     """How a run trains."""
 
     epochs: int
-    lr: float  # peak; the first twentieth of the run warms up, then a cosine goes to 0
+    lr: float  # peak; it rises over WARMUP, then a cosine goes to 0
     weight_decay: float
     ema: float = 0.0  # decay of the exponential moving average of the weights per step, 0 for none
 
@@ -2318,11 +2257,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def learning_rate(progress: float, lr: float, warmup: float = 0.05) -> float:
-    """Cosine schedule with linear warm-up; `progress` and `warmup` are shares of the run, 0-1."""
-    if progress < warmup:
-        return lr * progress / warmup
-    return lr * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+def learning_rate(progress: float, lr: float) -> float:
+    """Cosine schedule with linear warm-up; `progress` is a share of the run, 0-1."""
+    if progress < WARMUP:
+        return lr * progress / WARMUP
+    return lr * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP))) / 2
 
 
 def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
@@ -2340,19 +2279,17 @@ def build_optimizer(net: nn.Module, weight_decay: float) -> torch.optim.Optimize
 def _load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load the state of an earlier run's AdamW, but not its settings, which follow from the options.
 
-    Raises:
-        ValueError, LookupError, TypeError: it is damaged, or other parameters learned.
+    If it is damaged, or other parameters learned, it raises one of many types of errors.
     """
     own = optimizer.state_dict()
     for mine, theirs in zip(own["param_groups"], saved["param_groups"], strict=True):
         if mine["params"] != theirs["params"]:
-            raise ValueError("other parameters learned")
+            raise ValueError
     optimizer.load_state_dict(own | {"state": saved["state"]})
     for parameter, moments in optimizer.state.items():
-        if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == parameter.shape:
-            raise ValueError("they had other shapes")
-        if moments["step"].numel() != 1:
-            raise ValueError("its steps are no number")
+        shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq", "step")]
+        if shapes != [parameter.shape, parameter.shape, ()]:
+            raise ValueError
 
 
 def average_weights(net: nn.Module, decay: float) -> AveragedModel:
@@ -2483,9 +2420,6 @@ def fit(
         validate: returns figures by name; it gets the averaged weights when there are any.
         score: of an epoch's record, the higher the better; it picks the best epoch.
         resume: the checkpoint `last.pt` of a run with the same options.
-
-    Raises:
-        ValueError: the loss is not finite any more.
     """
     optimizer = build_optimizer(net, schedule.weight_decay)
     averaged = average_weights(net, schedule.ema) if schedule.ema else None
@@ -2584,9 +2518,7 @@ def fit_classifier(
         label_smoothing: see `soft_cross_entropy`.
     """
     criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
-
-    def validate(judged: nn.Module) -> dict[str, float]:
-        return judge_sources(judged, val, run, parent)
+    validate = functools.partial(judge_sources, sets=val, run=run, parent=parent)
 
     def score(record: dict) -> float:
         return -record["val_loss"]
@@ -2607,11 +2539,7 @@ LICENCE = "as the training faces allow; those of the shipped model: non-commerci
 
 
 def draw_up(path: Path) -> Blueprint:
-    """Return the blueprint of a checkpoint's classifier, for gray faces (N, S, S, 1), values 0-255; logits.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint`.
-    """
+    """Return the blueprint of a checkpoint's classifier: gray faces (N, S, S, 1), 0-255, to logits (N, C)."""
     import torch
 
     checkpoint = load_checkpoint(path, stages=("fer", "emotion"))
@@ -2625,9 +2553,6 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
 
     It takes `faces`, gray (N, S, S, 1), float32 in 0-255, and returns `logits` (N, C) of all classes. Its
     metadata `emotion_detector` is JSON: what NOTES names, the licence, and `written_by`.
-
-    Raises:
-        ValueError: the suffix is another one, packages lack, or as `load_checkpoint`.
     """
     if destination.suffix not in EXPORTED:
         raise ValueError(f"cannot export to {destination}, expected a name that ends in .onnx or .xml")
@@ -2667,11 +2592,7 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
 
 
 def read_exported(path: Path) -> Blueprint:
-    """Return the blueprint of what `export_network` wrote.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Return the blueprint of what `export_network` wrote, ValueError if it is something else."""
     openvino = load_openvino()
     try:
         model = openvino.Core().read_model(path)
@@ -2827,23 +2748,11 @@ def label_faces(
     return sorted(records, key=lambda record: record["box"][:2])
 
 
-def face_columns(classes: Sequence[str]) -> list[str]:
-    """Name the columns of `face_cells`."""
-    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
-    probs = [f"prob_{name}" for name in classes]
-    return ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *probs, *points]
-
-
-def face_cells(record: dict) -> list:
-    """Spread a `face_record` over the cells of a row."""
-    points = itertools.chain(*record["landmarks"].values())
-    numbers = [*record["probs"].values(), *points]
-    return [*record["box"], record["face_prob"], record["emotion"], record["prob"], *numbers]
-
-
 def table_columns(classes: Sequence[str]) -> list[str]:
     """Name the columns of a table of faces: the file, the face's number in it, where in a video, the face."""
-    return ["file", "face", "frame", "time", "track", *face_columns(classes)]
+    face = ["x0", "y0", "x1", "y1", "face_prob", "emotion", "prob", *(f"prob_{name}" for name in classes)]
+    points = [f"{name}_{axis}" for name in LANDMARKS for axis in "xy"]
+    return ["file", "face", "frame", "time", "track", *face, *points]
 
 
 def face_rows(record: dict, keep_empty: bool = False) -> list[list]:
@@ -2856,10 +2765,12 @@ def face_rows(record: dict, keep_empty: bool = False) -> list[list]:
     when = [record.get("frame"), record.get("time")]
     if keep_empty and not record["faces"]:
         return [[record["file"], None, *when, None]]
-    return [
-        [record["file"], number, *when, face.get("track"), *face_cells(face)]
-        for number, face in enumerate(record["faces"], start=1)
-    ]
+    rows = []
+    for number, face in enumerate(record["faces"], start=1):
+        cells = [*face["box"], face["face_prob"], face["emotion"], face["prob"], *face["probs"].values()]
+        points = itertools.chain(*face["landmarks"].values())
+        rows.append([record["file"], number, *when, face.get("track"), *cells, *points])
+    return rows
 
 
 def load_photo(path: Path | str) -> Image.Image:
@@ -2904,19 +2815,13 @@ def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False)
 def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
-    """Find and classify the faces of one image or a list of them.
+    """Find and classify the faces of one image or of a list or tuple of them.
 
-    Args:
-        images: see `as_image`; or a list or tuple of these.
-        bgr: see `as_image`.
-        unsure: see `face_record`.
+    What an image may be, and `bgr`, see `as_image`; `unsure`, see `face_record`.
 
     Returns:
         A row for each face, from left to right, with the columns of detect_emotions.py --csv. `file` is the
         path, of other images their place in the list; `frame`, `time` and `track` are empty.
-
-    Raises:
-        ValueError, OSError: as `as_image`.
     """
     import pandas as pd
 
