@@ -338,34 +338,34 @@ class Rehearsed:
         yield from shared.FaceBatches(*parts, others.batch_size, others.image_size, others.device).eval()
 
 
-def find_sources(mix: Sequence[str] | None) -> dict[str, shared.Source]:
-    """Return the sources that --mix names; without --mix FER's faces, if they are there.
+def find_collections(mix: Sequence[str] | None) -> dict[str, shared.Collection]:
+    """Return the collections that --mix names; without --mix FER's faces, if they are there.
 
     Raises:
-        ValueError: as `model.parse_sources`, or a source is called photos.
+        ValueError: as `model.parse_collections`, or a collection is called photos.
     """
     if mix is None and not FER_DIR.is_dir():
         print(f"{FER_DIR} is not there, so no faces are rehearsed; see --mix", file=sys.stderr)
         return {}
-    sources = shared.parse_sources([str(FER_DIR)] if mix is None else mix)
-    if "photos" in sources:
+    collections = shared.parse_collections([str(FER_DIR)] if mix is None else mix)
+    if "photos" in collections:
         raise ValueError(
-            f"{sources['photos'].folder} has the name that the report has for --data-dir; rename it"
+            f"{collections['photos'].folder} has the name that the report has for --data-dir; rename it"
         )
-    return sources
+    return collections
 
 
 def load_rehearsed(
-    sources: dict[str, shared.Source], classes: Sequence[str], size: int, limit: int | None
+    collections: dict[str, shared.Collection], classes: Sequence[str], size: int, limit: int | None
 ) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
-    """Read sources of faces: images (N, 1, size, size), and labels (N,), by split and source.
+    """Read collections of faces: images (N, 1, size, size), and labels (N,), by split and collection.
 
-    A source may have no test.
+    A collection may have no test.
     """
     faces = {split: {} for split in shared.SPLITS}
-    for split, (name, source) in itertools.product(shared.SPLITS, sources.items()):
-        if split != "test" or shared.list_split(source.folder, split, classes):
-            images, labels, _ = shared.load_faces(source.folder, split, classes, limit=limit, size=size)
+    for split, (name, collection) in itertools.product(shared.SPLITS, collections.items()):
+        if split != "test" or shared.list_split(collection.folder, split, classes):
+            images, labels, _ = shared.load_faces(collection.folder, split, classes, limit=limit, size=size)
             faces[split][name] = images, labels
     return faces
 
@@ -376,18 +376,18 @@ def training_data(
     rehearsed: dict[str, dict[str, tuple[Tensor, Tensor]]],
     batches: Callable[..., shared.FaceBatches],
     *,
-    sources: dict[str, shared.Source],
+    collections: dict[str, shared.Collection],
     classes: Sequence[str],
     parent: dict,
     share: float,
 ) -> tuple[shared.FaceBatches | Rehearsed, dict[str, str]]:
-    """Return what is learned from, and its size in words: the photos' train part, and the sources' faces.
+    """Return what is learned from, and its size in words: the photos' train part, and the collections' faces.
 
     Args:
         rehearsed: see `load_rehearsed`; what stands in a val or test is not learned from.
         batches: `model.FaceBatches` with a run's options.
         parent: the checkpoint of `net`.
-        share: the sources' faces for each photo's.
+        share: the collections' faces for each photo's.
     """
     import torch
     import torch.nn.functional as F
@@ -406,7 +406,7 @@ def training_data(
     sizes |= {f"{name} train": shared.count_labels(labels, classes) for name, (_, labels) in parts.items()}
     images = torch.cat([shared.vary_outline(images) for images, _ in parts.values()])
     labels = torch.cat([labels for _, labels in parts.values()])
-    of_source = torch.arange(len(parts)).repeat_interleave(
+    of_collection = torch.arange(len(parts)).repeat_interleave(
         torch.tensor([len(own) for _, own in parts.values()])
     )
     with shared.autocast(photos.device):
@@ -420,8 +420,8 @@ def training_data(
         labels,
         batch_size=max(round(photos.batch_size * share), 1),
         targets=targets,
-        groups=of_source * len(classes) + labels,
-        weights=torch.tensor([sources[name].weight for name in parts])[of_source],
+        groups=of_collection * len(classes) + labels,
+        weights=torch.tensor([collections[name].weight for name in parts])[of_collection],
     )
     return Rehearsed(photos, others), sizes
 
@@ -617,11 +617,11 @@ def draw_back(
     parent: dict,
     lowest: dict[str, float],
 ) -> dict:
-    """Go back from a `trained` checkpoint toward the weights `start` until no source is below its `lowest`.
+    """Go back from a `trained` checkpoint toward the weights `start` until no collection is below `lowest`.
 
     Args:
-        val: the photos' faces, and each source's, to which the temperatures are fitted anew.
-        lowest: accuracy, 0-1, by source.
+        val: the photos' faces, and each collection's, to which the temperatures are fitted anew.
+        lowest: accuracy, 0-1, by collection.
 
     Raises:
         ValueError: none of BLENDS goes back far enough.
@@ -636,7 +636,7 @@ def draw_back(
         }
         best = {**trained, "model": weights}
         net = shared.load_network(best).to(device, memory_format=torch.channels_last)
-        record = shared.judge_sources(net, val, run, parent)
+        record = shared.judge_collections(net, val, run, parent)
         reached = {name: record[f"{name}_acc"] for name in lowest}
         print(
             f"{blend:.0%} of the way: " + ", ".join(f"{name} val {acc:.2%}" for name, acc in reached.items())
@@ -757,7 +757,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     faces_help = "where the cut faces and their index are kept (default: --data-dir with _faces after it)"
     add("--faces-dir", type=Path, metavar="DIR", help=faces_help)
     add("--largest-face", action="store_true", help="of several faces cut the largest, do not leave them out")
-    mix_help = "sources, as of finetune_fer.py, to learn again and judge on (default: data/fer, if there)"
+    mix_help = "collections, as of finetune_fer.py, to learn again and judge on (default: data/fer, if there)"
     add("--mix", nargs="+", metavar="DIR[=WEIGHT]", help=mix_help)
     add("--no-mix", dest="mix", action="store_const", const=[], help="neither learn nor judge such faces")
     share_help = "such faces for each photo's, 0: only judge on them"
@@ -811,11 +811,11 @@ def train_on(
     label_smoothing: float,
     max_loss: float,
 ) -> None:
-    """Train, draw the weights back if there are other sources, and report on all that is held out.
+    """Train, draw the weights back if there are other collections, and report on all that is held out.
 
     Args:
         train, sizes: what is learned from, see `training_data`.
-        max_loss: points of accuracy that each source's val may lose.
+        max_loss: points of accuracy that each collection's val may lose.
     """
     import torch
 
@@ -870,12 +870,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         finder = None if args.cropped else shared.FaceFinder(device)
         evaluate_photos(args.data_dir, classifier, finder, out_dir=args.out_dir, csv_path=args.csv, **taken)
         return
-    found = shared.check_sources([args.data_dir])
+    found = shared.check_collections([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
     with shared.only_run_in(args.out_dir, faces_dir):
         parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
-        sources = find_sources(args.mix)
-        learned = sorted({*found, *(parent["classes"] if sources else ())})
+        collections = find_collections(args.mix)
+        learned = sorted({*found, *(parent["classes"] if collections else ())})
         shared.check_classes(learned)
         corrections, corrections_path = {}, args.corrections or args.data_dir / "corrections.csv"
         if args.corrections or corrections_path.exists():
@@ -895,8 +895,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             earlier = {"corrections": corrections, "corrections_path": corrections_path}
             write_review(args.out_dir / "review.html", faces, probs, learned, **earlier)
             return
-        rehearsed = load_rehearsed(sources, learned, options["image_size"], args.limit)
-        mix = {"sources": sources, "classes": learned, "parent": parent, "share": args.mix_share}
+        rehearsed = load_rehearsed(collections, learned, options["image_size"], args.limit)
+        mix = {"collections": collections, "classes": learned, "parent": parent, "share": args.mix_share}
         train, sizes = training_data(net, faces, rehearsed, batches, **mix)
         parent = fit_new_rows(net, train, learned, parent)
         shared.freeze_except(net, args.unfreeze)
@@ -909,7 +909,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=options["image_size"],
             crop_margin=parent["crop_margin"],
             config=shared.plain_config(vars(args)),
-            best_name="undrawn.pt" if sources else "best.pt",  # it may have forgotten too much to be the best
+            best_name="undrawn.pt"
+            if collections
+            else "best.pt",  # it may have forgotten too much to be the best
         )
         how = {"label_smoothing": args.label_smoothing, "max_loss": args.max_loss, "resume": resumed}
         how["schedule"] = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)

@@ -6,12 +6,12 @@ that it tells apart unless asked for more. If FER+'s votes were unpacked (Barsou
 arXiv:1608.01041), a target is partly what ten people saw, partly FER's own label.
 
 Collections mean different things by one word. With --mix, the network therefore has a common head, which
-learns from all faces, and a head for each source, which learns from that source's faces only. The best
+learns from all faces, and a head for each collection, which learns from its faces only. The best
 checkpoint keeps the common one. With --teachers a target is partly the mean prediction of trained networks:
 several that differ know more together than each alone, and one network can learn it (Hinton et al. 2015,
 arXiv:1503.02531).
 
-Validation (of FER it is PublicTest) picks the best epoch and the temperature of the softmax; all sources
+Validation (of FER it is PublicTest) picks the best epoch and the temperature of the softmax; all collections
 count alike. The test faces (of FER PrivateTest) are looked at once, at the end.
 
 Usage:
@@ -41,11 +41,13 @@ if TYPE_CHECKING:
 OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
 TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
-COMMON_SHARE = 0.5  # of a face's weight in the loss, for the common head; the source's own head has the rest
+COMMON_SHARE = (
+    0.5  # of a face's weight in the loss, for the common head; the collection's own head has the rest
+)
 
 
 class Split(NamedTuple):
-    """N labelled faces of a source and a split, of C classes."""
+    """N labelled faces of a collection and a split, of C classes."""
 
     images: Tensor  # (N, 1, S, S) uint8
     labels: Tensor  # (N,) int64
@@ -99,7 +101,7 @@ def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Ten
 def load_split(
     folder: Path, split: str, classes: Sequence[str], *, limit: int | None, **sizes: int | None
 ) -> Split:
-    """Read a split of a source, and FER+'s votes if its folder has them; `sizes` as of `model.load_images`.
+    """Read a split of a collection, and FER+'s votes if it has them; `sizes` as of `model.load_images`.
 
     Raises:
         ValueError: it has no images, or votes.csv does not fit.
@@ -155,7 +157,7 @@ def ask_teachers(
 
 def training_set(
     train: dict[str, Split],
-    sources: dict[str, shared.Source],
+    collections: dict[str, shared.Collection],
     classes: Sequence[str],
     device: torch.device,
     *,
@@ -163,9 +165,9 @@ def training_set(
     teachers: Sequence[Path],
     teacher_weight: float,
 ) -> dict[str, Tensor]:
-    """Join the sources' train faces, each source with its weight, into what `model.FaceBatches` takes.
+    """Join the collections' train faces, each with its weight, into what `model.FaceBatches` takes.
 
-    With several sources, targets (N, heads, C) are for the common head and each source's own.
+    With several of them, targets (N, heads, C) are for the common head and each collection's own.
     """
     import torch
 
@@ -176,13 +178,13 @@ def training_set(
     if teachers:
         targets = targets.lerp(ask_teachers(teachers, images, classes, device), teacher_weight)
     sizes = torch.tensor([len(split.labels) for split in splits])
-    of_source = torch.arange(len(splits)).repeat_interleave(sizes)
+    of_collection = torch.arange(len(splits)).repeat_interleave(sizes)
     if len(splits) > 1:
-        own = torch.nn.functional.one_hot(of_source).float() * (1 - COMMON_SHARE)
+        own = torch.nn.functional.one_hot(of_collection).float() * (1 - COMMON_SHARE)
         shares = torch.cat([torch.full((len(labels), 1), COMMON_SHARE), own], 1)  # (N, heads)
         targets = shares[:, :, None] * targets[:, None]
-    groups = of_source * len(classes) + labels
-    weights = torch.tensor([sources[name].weight for name in train])[of_source]
+    groups = of_collection * len(classes) + labels
+    weights = torch.tensor([collections[name].weight for name in train])[of_collection]
     return {"images": images, "labels": labels, "targets": targets, "groups": groups, "weights": weights}
 
 
@@ -212,7 +214,7 @@ def report_split(
     limit: int | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Report how good a checkpoint is on a source's split: its default classes, then all, if it learned more.
+    """Report how good a checkpoint is on a split: its default classes, then all, if it learned more.
 
     Faces that stand in no other split, and those whose label is sure, are also judged apart.
 
@@ -261,30 +263,34 @@ def report_split(
     return (shown / checkpoint["temperature"]).softmax(1), labels
 
 
-def report_sources(
-    sources: dict[str, shared.Source], out_dir: Path | None, checkpoint: dict, split: str, **options: object
+def report_collections(
+    collections: dict[str, shared.Collection],
+    out_dir: Path | None,
+    checkpoint: dict,
+    split: str,
+    **options: object,
 ) -> None:
-    """Report on the same split of each source that has it; if none has a test, on val.
+    """Report on the same split of each collection that has it; if none has a test, on val.
 
-    The files and lines of all sources but the first have its name. Several sources also share a picture.
+    The files and lines of all but the first have its name. Several also share a picture.
     """
 
     def having(split: str) -> list[str]:
         classes = checkpoint["classes"]
-        return [name for name, own in sources.items() if shared.list_split(own.folder, split, classes)]
+        return [name for name, own in collections.items() if shared.list_split(own.folder, split, classes)]
 
     names = having(split)
     if not names and (names := having("val")):
         print("there are no test faces: judged on val, which also picked the best epoch", file=sys.stderr)
         split = "val"
     judged = {}
-    for name in names or sources:
-        title = split if name == next(iter(sources)) else f"{split}_{name}"
+    for name in names or collections:
+        title = split if name == next(iter(collections)) else f"{split}_{name}"
         judged[f"{name} {split}"] = report_split(
-            sources[name].folder, out_dir, checkpoint, split, title=title, **options
+            collections[name].folder, out_dir, checkpoint, split, title=title, **options
         )
     if out_dir and len(judged) > 1:
-        path = out_dir / f"{split}_reliability_by_source.png"
+        path = out_dir / f"{split}_reliability_by_collection.png"
         shared.plot_reliability(judged, path)
         print(f"wrote {shared.printable(path)}")
 
@@ -297,7 +303,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     out_help = f"folder to write into (default: {OUT_DIR}; with --evaluate nothing is written without it)"
     add("--out-dir", type=Path, metavar="DIR", help=out_help)
     mix_help = (
-        "other sources: DIR/<emotion>/* or DIR/{train,val,test}/<emotion>/*, drawn WEIGHT times as often"
+        "other collections: DIR/<emotion>/* or DIR/{train,val,test}/<emotion>/*, drawn WEIGHT times as often"
     )
     add("--mix", nargs="+", default=[], metavar="DIR[=WEIGHT]", help=mix_help)
     usual = f"default: {' '.join(shared.EMOTIONS)}; if it does not learn all these, what it learns"
@@ -344,15 +350,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
-    sources = shared.parse_sources([str(args.data_dir), *args.mix])
+    collections = shared.parse_collections([str(args.data_dir), *args.mix])
     report = functools.partial(
-        report_sources, sources, args.out_dir, batch_size=args.batch_size, limit=args.limit, device=device
+        report_collections,
+        collections,
+        args.out_dir,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        device=device,
     )
     if args.evaluate:
         shared.leave_others()
         report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
-    learned = shared.check_sources(source.folder for source in sources.values())
+    learned = shared.check_collections(collection.folder for collection in collections.values())
     default = pick_classes(learned, args.emotions)
     with shared.only_run_in(args.out_dir):
         parent = shared.load_checkpoint(args.init)
@@ -360,11 +371,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.image_size = args.image_size or usual_size
         load = functools.partial(load_split, classes=learned, limit=args.limit, max_size=args.image_size)
         size = args.image_size if args.mix else None  # FER alone stays as small as it is
-        train = {name: load(source.folder, "train", size=size) for name, source in sources.items()}
-        val = {name: load(source.folder, "val") for name, source in sources.items()}
+        train = {
+            name: load(collection.folder, "train", size=size) for name, collection in collections.items()
+        }
+        val = {name: load(collection.folder, "val") for name, collection in collections.items()}
         net = shared.load_network(parent, learned)
         if args.mix:
-            shared.add_heads(net, len(sources))
+            shared.add_heads(net, len(collections))
         net.to(device, memory_format=torch.channels_last)
         shared.freeze_except(net, args.unfreeze)
         run = shared.Run(
@@ -378,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=shared.plain_config(vars(args)),
         )
         shares = {"vote_weight": args.vote_weight, "teacher_weight": args.teacher_weight}
-        faces = training_set(train, sources, learned, device, teachers=args.teachers or (), **shares)
+        faces = training_set(train, collections, learned, device, teachers=args.teachers or (), **shares)
         run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
         best = shared.fit_classifier(

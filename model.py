@@ -1319,39 +1319,41 @@ def load_images(
     return images.permute(0, 3, 1, 2).contiguous(), [paths[i] for i in kept]
 
 
-class Source(NamedTuple):
+class Collection(NamedTuple):
     """A collection of faces."""
 
     folder: Path
     weight: float = 1.0  # how often its faces are drawn
 
 
-def parse_sources(texts: Sequence[str]) -> dict[str, Source]:
-    """Parse each DIR or DIR=WEIGHT into a source; return them by the folder's name.
+def parse_collections(texts: Sequence[str]) -> dict[str, Collection]:
+    """Parse each DIR or DIR=WEIGHT into a collection; return them by the folder's name.
 
     Raises:
         ValueError: a folder is not there, a weight is no number above 0, or two folders have one name.
     """
-    sources = {}
+    collections = {}
     for text in texts:
         folder, equals, weight = text.rpartition("=")
         if not equals or Path(text).is_dir():
             folder, weight = text, "1"
         try:
-            source = Source(Path(folder), float(weight))
+            collection = Collection(Path(folder), float(weight))
         except ValueError:
-            raise ValueError(f"{text} is no source of faces, expected DIR or DIR=WEIGHT, a number") from None
-        if not source.folder.is_dir() or not 0 < source.weight < math.inf:
-            raise ValueError(f"{text} is no source of faces, expected a folder and a weight above 0")
-        name = source.folder.resolve().name
-        if name in sources:
-            raise ValueError(f"{folder} and {sources[name].folder} have one name; rename one of them")
-        sources[name] = source
-    return sources
+            raise ValueError(
+                f"{text} is no collection of faces, expected DIR or DIR=WEIGHT, a number"
+            ) from None
+        if not collection.folder.is_dir() or not 0 < collection.weight < math.inf:
+            raise ValueError(f"{text} is no collection of faces, expected a folder and a weight above 0")
+        name = collection.folder.resolve().name
+        if name in collections:
+            raise ValueError(f"{folder} and {collections[name].folder} have one name; rename one of them")
+        collections[name] = collection
+    return collections
 
 
 def find_classes(folder: Path) -> list[str]:
-    """List the emotions that a source has a folder for, sorted, ValueError if there are fewer than two."""
+    """List the emotions that a collection has folders for, sorted, ValueError if these are fewer than two."""
     root = folder / "train" if (folder / "train").is_dir() else folder
     paths = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     classes = sorted(path.name for path in paths if not path.name.startswith("."))
@@ -1360,8 +1362,8 @@ def find_classes(folder: Path) -> list[str]:
     return classes
 
 
-def check_sources(folders: Iterable[Path]) -> list[str]:
-    """Return the classes that sources have together, sorted, ValueError if one cannot learn from them."""
+def check_collections(folders: Iterable[Path]) -> list[str]:
+    """Return the classes that collections have together, sorted, ValueError if one cannot learn from them."""
     learned = set()
     for folder in folders:
         classes = find_classes(folder)
@@ -1682,7 +1684,7 @@ def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], parent: float) -> flo
     """Find the temperature that minimises the cross-entropy of logits divided by it, within 0.5-5.
 
     Args:
-        sets: logits (N, C) and labels (N,) of one or several sources; all count alike, whatever their size.
+        sets: logits (N, C) and labels (N,) of each collection; all count alike, whatever their size.
         parent: what the network that training began with has; returned if there are under ENOUGH faces.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
@@ -2471,11 +2473,13 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) 
     return -(smooth * logits.view(targets.shape).log_softmax(-1)).flatten(1).sum(1).mean()
 
 
-def judge_sources(net: nn.Module, sets: dict[str, FaceBatches], run: Run, parent: dict) -> dict[str, float]:
-    """Judge the first head on each source's val faces; return the means over the sources and temperatures.
+def judge_collections(
+    net: nn.Module, sets: dict[str, FaceBatches], run: Run, parent: dict
+) -> dict[str, float]:
+    """Judge the first head on each collection's val faces; return the means over these, and temperatures.
 
     Args:
-        sets: by source; labels are indices of `run.classes`.
+        sets: by collection; labels are indices of `run.classes`.
         parent: the checkpoint that training began with, see `fit_temperature`.
     """
     chosen = [run.classes.index(name) for name in run.default_classes]
@@ -2509,16 +2513,16 @@ def fit_classifier(
 ) -> dict:
     """Train a classifier with `fit`, draw its curves, and return the best checkpoint.
 
-    The best epoch has the lowest cross-entropy on val at its own temperature, as a mean over the sources: of
-    2,479 faces, accuracy alone is too noisy.
+    The best epoch has the lowest cross-entropy on val at its own temperature, as a mean over the collections:
+    accuracy alone, of 2,479 faces, is too noisy.
 
     Args:
         train: its targets are shares of `run.classes`, (n, C), or (n, H, C) for H heads.
-        val, parent: see `judge_sources`.
+        val, parent: see `judge_collections`.
         label_smoothing: see `soft_cross_entropy`.
     """
     criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
-    validate = functools.partial(judge_sources, sets=val, run=run, parent=parent)
+    validate = functools.partial(judge_collections, sets=val, run=run, parent=parent)
 
     def score(record: dict) -> float:
         return -record["val_loss"]

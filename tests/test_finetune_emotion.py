@@ -366,7 +366,7 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
         faces,
         fer,
         batches,
-        sources={"fer": shared.Source(None)},
+        collections={"fer": shared.Collection(None)},
         classes=CLASSES,
         parent={"classes": CLASSES},
         share=0.5,
@@ -646,7 +646,7 @@ def test_without_fer_nothing_is_rehearsed_and_it_says_so(tmp_path, options, monk
     assert "data/fer is not there, so no faces are rehearsed" in capsys.readouterr().err
 
 
-def test_a_source_of_the_name_photos_is_refused(tmp_path, fer_dir, options):
+def test_a_collection_of_the_name_photos_is_refused(tmp_path, fer_dir, options):
     photos = fer_dir.rename(tmp_path / "photos")
     with pytest.raises(SystemExit, match=f"^error: {photos} has the name that the report has for --data-dir"):
         finetune_emotion.main([*options, "--mix", str(photos)])

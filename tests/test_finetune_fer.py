@@ -139,7 +139,7 @@ def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
             {"config": {**config, "batch_size": -(2**63)}},
             "argument --batch-size: .* is out of range",
         ),
-        ({"config": {**config, "mix": 7}}, "7 is no source of faces"),
+        ({"config": {**config, "mix": 7}}, "7 is no collection of faces"),
         ({"config": {**config, "init": ["gray.pt"]}}, "there is no checkpoint"),
         ({"optimizer": {**optimizer, "state": {**optimizer["state"], 0: moments}}}, "its file is damaged"),
         ({"history": [{**whole["history"][0], "val_acc": "high"}]}, "its file is damaged"),
@@ -411,10 +411,10 @@ def test_the_report_has_the_accuracy_of_the_faces_that_are_sure(capsys):
     assert f"{levels}0.8 100.0% of 50.0%, 0.9 100.0% of 25.0%\n" in capsys.readouterr().out
 
 
-# --- other sources ---
+# --- other collections ---
 
 
-def test_other_sources_are_learned_beside_fer(tmp_path, fer_dir, options, capsys):
+def test_other_collections_are_learned_beside_fer(tmp_path, fer_dir, options, capsys):
     """A folder with splits, and one without, with a class that FER lacks."""
     more, web = tmp_path / "more", tmp_path / "web"
     make_faces(more / "train", 16)
@@ -440,13 +440,13 @@ def test_other_sources_are_learned_beside_fer(tmp_path, fer_dir, options, capsys
     assert best["config"]["mix"] == mix[1:]
     assert {"fer_acc", "more_acc", "web_acc"} < best["metrics"].keys()
     last = shared.load_checkpoint(out_dir / "last.pt")
-    assert last["model"]["fc.weight"].shape == (4 * 6, FEATURES)  # the common head and each source's
-    with Image.open(out_dir / "test_reliability_by_source.png") as picture:
+    assert last["model"]["fc.weight"].shape == (4 * 6, FEATURES)  # the common head and each collection's
+    with Image.open(out_dir / "test_reliability_by_collection.png") as picture:
         assert picture.width > 1.5 * picture.height  # FER's test faces, and the web's: a column each
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("collection", "message"),
     [
         ("nowhere", "expected a folder"),
         ("FER", "have one name"),
@@ -454,10 +454,10 @@ def test_other_sources_are_learned_beside_fer(tmp_path, fer_dir, options, capsys
         ("FER=0", "above 0"),
     ],
 )
-def test_a_source_that_is_none_is_one_line(tmp_path, fer_dir, options, source, message):
+def test_a_collection_that_is_none_is_one_line(tmp_path, fer_dir, options, collection, message):
     with pytest.raises(SystemExit) as stop:
         finetune_fer.main(
-            [*options, "--out-dir", str(tmp_path / "run"), "--mix", source.replace("FER", str(fer_dir))]
+            [*options, "--out-dir", str(tmp_path / "run"), "--mix", collection.replace("FER", str(fer_dir))]
         )
     assert message in stop.value.code
     assert "\n" not in stop.value.code
