@@ -552,8 +552,11 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
         white = 65535 if image.mode.startswith("I") else max(values.max(), 1)
         image = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode != "RGBA":  # into its own mode an image is copied, and a large one has no room for that
+            image = image.convert("RGBA")
+        picture = Image.new("RGB", image.size, "white")
+        picture.paste(image, mask=image)
+        image = picture
     return image if image.mode == mode else image.convert(mode)
 
 

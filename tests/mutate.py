@@ -989,6 +989,7 @@ def main() -> None:
     closed = "http://127.0.0.1:9"  # no request leaves this machine
     os.environ |= {"XDG_CACHE_HOME": cache.name, "HOME": str(base / "home")}
     context = multiprocessing.get_context("forkserver")
+    os.environ["PYTHONPATH"] = str(ROOT / "tests")  # where the fork server looks for the next
     context.set_forkserver_preload(["mutate"])
     worker = Worker(context)
     make_seeds(base / "seeds", worker)

@@ -164,6 +164,16 @@ def test_open_picture_names_what_it_does_not_read(tmp_path, content, reason, wor
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_open_picture_lays_what_is_half_transparent_on_white(tmp_path, mode):
+    values, alphas = (Image.fromarray(part) for part in np.indices((256, 256)).astype(np.uint8))
+    picture = Image.merge("LA", (values, alphas)).convert("RGBA")
+    picture = picture.quantize(256) if mode == "P" else picture.convert(mode)
+    picture.save(tmp_path / "photo.png")
+    expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    assert shared.open_picture(tmp_path / "photo.png").tobytes() == expected.convert("RGB").tobytes()
+
+
 def test_open_picture_refuses_more_pixels_than_it_may_before_it_decodes(tmp_path):
     Image.new("L", (300, 200)).save(tmp_path / "a.png")
     assert shared.open_picture(tmp_path / "a.png", max_pixels=60_000).size == (300, 200)
