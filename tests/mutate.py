@@ -868,11 +868,8 @@ def half_files(folder: Path) -> int:
     """Count files under a final name that are not whole; journals may end in half a line."""
     count = 0
     for path in folder.rglob("*"):
-        if (
-            path.is_file()
-            and not path.name.startswith(".")
-            and path.name not in {"manifest.jsonl", "index.jsonl"}
-        ):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not is_hidden and path.name not in {"manifest.jsonl", "index.jsonl"}:
             try:
                 content(path)
             except Exception:  # each reader has its own errors of a file that is not whole
