@@ -52,6 +52,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePath
@@ -67,7 +68,7 @@ except ImportError:  # on Windows, where nothing is locked
     fcntl = None
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     import pandas as pd
@@ -2822,18 +2823,19 @@ def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False)
 def read_faces(
     images: object, finder: FaceFinder, classifier: Classifier, *, bgr: bool = False, unsure: float = 0.0
 ) -> pd.DataFrame:
-    """Find and classify the faces of one image or of a list or tuple of them.
+    """Find and classify the faces of one image or of several, a list, say, or what `Path.glob` gives.
 
     What an image may be, and `bgr`, see `as_image`; `unsure`, see `face_record`.
 
     Returns:
         A row for each face, from left to right, with the columns of detect_emotions.py --csv. `file` is the
-        path, of other images their place in the list; `frame`, `time` and `track` are empty.
+        path, of other images their place among all; `frame`, `time` and `track` are empty.
     """
     import pandas as pd
 
-    rows = []
-    for number, image in enumerate(images if isinstance(images, list | tuple) else [images]):
+    rows, kinds = [], (str, Path, Image.Image, np.ndarray)
+    are_several = isinstance(images, Iterable) and not isinstance(images, kinds)
+    for number, image in enumerate(images if are_several else [images]):
         file = str(image) if isinstance(image, str | Path) else number
         faces = label_faces(as_image(image, bgr=bgr), finder, classifier, unsure)
         rows += face_rows({"file": file, "faces": faces})

@@ -1150,6 +1150,8 @@ def test_read_faces_takes_images_in_each_form(finder, classifier, sample_photo):
         pd.testing.assert_frame_equal(table, tables[0])
     gray = np.asarray(image.convert("L"))
     assert len(shared.read_faces([gray, gray[:, :, None]], finder, classifier)) == 2 * len(tables[0])
+    found = shared.read_faces(sample_photo.parent.glob(sample_photo.name), finder, classifier)
+    assert found["file"].tolist() == [str(sample_photo)] * len(tables[0])
     empty = shared.read_faces([np.zeros((100, 100), np.uint8), str(sample_photo)], finder, classifier)
     assert set(empty["file"]) == {str(sample_photo)}
     none = shared.read_faces(np.zeros((100, 100), np.uint8), finder, classifier)
