@@ -422,6 +422,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_done:
         print(shared.printable(f"{args.out_dir} is complete already"), file=sys.stderr)
         check_rows(args.csv, manifest, args.max_bad)
+        with contextlib.suppress(OSError), shared.only_run_in(args.out_dir):
+            pass  # takes away the lock of a run that was killed when all was there
     else:
         options = {"ferplus": args.ferplus, "overwrite": args.overwrite, "max_bad": args.max_bad}
         with shared.only_run_in(args.out_dir):

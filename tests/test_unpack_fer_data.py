@@ -447,6 +447,14 @@ def test_a_second_run_changes_no_file_reads_no_row_and_prints_the_same(run, tmp_
     assert stderr == f"{out} is complete already\n{story}"
 
 
+def test_a_second_run_takes_away_the_lock_of_one_killed_at_its_end(run, tmp_path, out):
+    path = write_csv(tmp_path / "fer2013.csv", MIXED)
+    run(path)
+    (out / ".emotion.lock").write_text("unpack_fer_data.py (process 1)")
+    assert run(path)[0] == 0
+    assert not (out / ".emotion.lock").exists()
+
+
 def test_a_second_run_from_a_renamed_csv_finds_the_same_content(run, tmp_path, out):
     path = write_csv(tmp_path / "fer2013.csv", MIXED)
     run(path)
