@@ -1310,7 +1310,8 @@ def screen(tmp_path):
 @pytest.mark.parametrize("source", ["file", "camera"])
 def test_live_window_shows_the_labelled_frames(start, moving, screen, tmp_path, source):
     name, pixels = screen
-    clip = write_video(tmp_path / "clip.mp4", moving(100, step=0))
+    num_frames = 100 if source == "file" else 400  # that a camera does not wait for
+    clip = write_video(tmp_path / "clip.mp4", moving(num_frames, step=0))
     options = [clip, "--show", "--no-video"] if source == "file" else ["--camera", clip]
     process = start(detect_emotions.__file__, *options, env={**os.environ, "DISPLAY": name}, stderr=None)
     yellow = 0  # the label's
