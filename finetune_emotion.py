@@ -909,9 +909,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=options["image_size"],
             crop_margin=parent["crop_margin"],
             config=shared.plain_config(vars(args)),
-            best_name="undrawn.pt"
-            if collections
-            else "best.pt",  # it may have forgotten too much to be the best
+            best_name="undrawn.pt" if collections else "best.pt",  # the best may have forgotten too much
         )
         how = {"label_smoothing": args.label_smoothing, "max_loss": args.max_loss, "resume": resumed}
         how["schedule"] = shared.Schedule(args.epochs, args.lr, args.weight_decay, args.ema)

@@ -351,19 +351,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = shared.pick_device(args.device)
     collections = shared.parse_collections([str(args.data_dir), *args.mix])
-    report = functools.partial(
-        report_collections,
-        collections,
-        args.out_dir,
-        batch_size=args.batch_size,
-        limit=args.limit,
-        device=device,
-    )
+    report = functools.partial(report_collections, collections, args.out_dir)
+    report = functools.partial(report, batch_size=args.batch_size, limit=args.limit, device=device)
     if args.evaluate:
         shared.leave_others()
         report(shared.load_checkpoint(args.evaluate, stages=("fer", "emotion")), args.split)
         return
-    learned = shared.check_collections(collection.folder for collection in collections.values())
+    learned = shared.check_collections(own.folder for own in collections.values())
     default = pick_classes(learned, args.emotions)
     with shared.only_run_in(args.out_dir):
         parent = shared.load_checkpoint(args.init)
@@ -371,10 +365,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.image_size = args.image_size or usual_size
         load = functools.partial(load_split, classes=learned, limit=args.limit, max_size=args.image_size)
         size = args.image_size if args.mix else None  # FER alone stays as small as it is
-        train = {
-            name: load(collection.folder, "train", size=size) for name, collection in collections.items()
-        }
-        val = {name: load(collection.folder, "val") for name, collection in collections.items()}
+        train = {name: load(own.folder, "train", size=size) for name, own in collections.items()}
+        val = {name: load(own.folder, "val") for name, own in collections.items()}
         net = shared.load_network(parent, learned)
         if args.mix:
             shared.add_heads(net, len(collections))
