@@ -2084,7 +2084,7 @@ class Results:
         self.failures: dict[Source, str] = {}
         self.is_first = shared.place()[0] == 0
         self.tables = {
-            option: Table(path, settings, sources, is_anew)
+            option: Table(path, {"table": option, **settings}, sources, is_anew)
             for option, path in paths.items()
             if option != "--report"
         }

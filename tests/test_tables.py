@@ -56,6 +56,14 @@ def labelled(out):
 # --- rows ---
 
 
+def test_a_file_that_held_another_table_is_made_anew(run, album, tmp_path):
+    table, expected = tmp_path / "table.csv", tmp_path / "expected.csv"
+    assert run(album, "--no-copies", "--summary", table)[0] == 0
+    for path in (table, expected):
+        assert run(album, "--no-copies", "--csv", path)[0] == 0
+    assert table.read_bytes() == expected.read_bytes()
+
+
 def test_empty_rows_keep_photos_and_frames_without_faces_in_all_tables(run, album, tmp_path):
     table, summary = tmp_path / "t.csv", tmp_path / "s.csv"
     assert run(album, "--csv", table, "--summary", summary, "--empty-rows")[0] == 0
