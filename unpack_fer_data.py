@@ -149,7 +149,7 @@ def parse_row(line: bytes, index: int, columns: list[str]) -> Row:
         raise ValueError(f"{len(values)} columns, expected {len(columns)}")
     fields = dict(zip(columns, values, strict=True))
     label, usage = fields["emotion"].decode("latin-1"), fields.get("usage", b"Training").decode("latin-1")
-    if not re.fullmatch("[0-6]", label):
+    if label not in map(str, range(len(LABELS))):
         raise ValueError(f"label {label[:20]!r}, expected 0 to {len(LABELS) - 1}")
     if usage not in USAGES:
         raise ValueError(f"Usage {usage[:20]!r}, expected {', '.join(USAGES)}")

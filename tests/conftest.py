@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     if not REAL_DATA.is_dir():
-        pytest.skip(f"no real data in {REAL_DATA}; see README: Data, licences, limits")
+        pytest.skip(f"no real data in {REAL_DATA}; see README: Data, licences, credits")
     return REAL_DATA
 
 
