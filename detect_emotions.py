@@ -59,7 +59,7 @@ from tqdm import tqdm
 import model as shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from types import ModuleType
     from typing import TextIO
 
@@ -280,7 +280,7 @@ class Kit(NamedTuple):
     colors: dict[str, str]  # of all that a label may be
     font_path: Path | None = None
     unsure: float = 0.0  # see `model.face_record`
-    hidden: Collection[str] = ()  # labels whose faces no picture may show
+    hidden: Container[str] = ()  # labels whose faces no picture may show
     has_labels: bool = True  # else nothing is drawn
     overwrite: bool = False  # files that do not say that this script wrote them
     start: float = 0.0  # s, of what is labelled of a video
@@ -434,7 +434,7 @@ def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
             raise ValueError(f"{path} does not say that this program wrote it; {remedy}")
 
 
-def check_outputs(plan: dict[Source, dict[str, Path]], results: Collection[Path], overwrite: bool) -> None:
+def check_outputs(plan: dict[Source, dict[str, Path]], results: Sequence[Path], overwrite: bool) -> None:
     """Find out before the work if one of the `results` cannot be written, or nothing else can.
 
     Raises:
@@ -1073,7 +1073,7 @@ def hide_heads(image: Image.Image, boxes: Iterable[Sequence[float]]) -> Image.Im
 
 
 def hide_in_frames(
-    followed: Iterable[tuple[Frame, list[dict]]], hidden: Collection[str], look_ahead: float
+    followed: Iterable[tuple[Frame, list[dict]]], hidden: Container[str], look_ahead: float
 ) -> Iterator[tuple[Frame, list[dict]]]:
     """Pass on what `follow_faces` gives, the heads of faces whose label is `hidden` made squares.
 
@@ -1330,6 +1330,8 @@ PICTURE_SIZE = 96  # pixels, of a face beside its timeline, and in the report
 CROP_EVERY = 1.0  # s, from a crop of a track to the next
 CHUNK = 5000  # faces that wait to be summed up together
 STDOUT = Path("-")  # of --csv
+TABLES_END, PAGES_END = (".csv", ".parquet"), (".html", ".htm")
+OTHERS_END = (".json", ".jsonl", ".ods", ".pdf", ".xls", ".xlsx")  # what a table or page might be taken for
 TEXT_COLUMNS = ("file", "emotion")  # of Parquet; all others are numbers
 
 
@@ -2324,7 +2326,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
         "make the heads of faces with these labels, or of all, a few squares in everything that shows them; "
         "unsure faces too; in videos from half a second before (not live) until half a second after, and the "
         "whole frame is searched at least every half second. What is finished is done again. Faces that are "
-        "not found stay as they are (--min-face-prob 0.7 finds more), and so does the sound"
+        "not found stay as they are (a lower --min-face-prob finds more), and so does the sound"
     )
     add("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
     add("--no-labels", action="store_true", help="draw no boxes and labels into the copies")
@@ -2395,7 +2397,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=share,
         default=0.9,
         metavar="P",
-        help="how sure the detector must be of a face, 0.7-1; it drops those below 0.7",
+        help="how sure the detector must be of a face, 0-1",
     )
     small = (
         "smallest face to look for, pixels (12 or more), or a share of the shorter side (below 1), which "
@@ -2431,6 +2433,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--start must come before --end")
     if args.summary == STDOUT:
         parser.error("--summary - is not possible; name a file")
+    endings = {"csv": TABLES_END, "summary": TABLES_END, "report": PAGES_END}
+    for name, own in endings.items():
+        path = getattr(args, name)
+        if path and path.suffix.lower() in {*TABLES_END, *PAGES_END, *OTHERS_END} - {*own}:
+            parser.error(f"--{name} cannot write {path}; name a file that ends in {' or '.join(own)}")
+    if args.export and (args.inputs or args.emotions):
+        parser.error("--export writes all of --model and labels nothing; leave INPUT and --emotions out")
     if args.json and args.csv == STDOUT:
         parser.error("--json and --csv - would both go to standard output; name a file for --csv")
     return args

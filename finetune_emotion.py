@@ -99,7 +99,7 @@ def cut_photos(
     data_dir: Path,
     faces_dir: Path,
     classes: Sequence[str],
-    finder: shared.FaceFinder,
+    finder: shared.FaceFinder | None,
     *,
     margin: float,
     largest_face: bool,
@@ -109,14 +109,15 @@ def cut_photos(
 
     A photo is looked at again only if its content or a setting has changed since. The index is a journal: it
     has a line as soon as a photo is done, so an interrupted run goes on where it was. Crops of photos that
-    are gone go too.
+    are gone go too. Without a finder the photos are faces.
 
     A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a gray PNG of FACE_SIZE
     below faces_dir), `sha256` of the photo, the `settings`, the `reason` why it is left out or None, and
     the `blur` of the face.
     """
     settings = {"margin": margin, "largest_face": largest_face}
-    settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
+    if finder:
+        settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
     found = itertools.chain.from_iterable(shared.list_images(data_dir / name) for name in classes)
     paths = {path.relative_to(data_dir).as_posix(): path for path in found}
     faces_dir.mkdir(parents=True, exist_ok=True)
@@ -768,7 +769,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     add("--max-loss", type=points, default=1.0, metavar="POINTS", help=loss_help)
     evaluate_help = "do not train, report how good this model is on --data-dir; files only with --out-dir"
     add("--evaluate", type=Path, metavar="CHECKPOINT", help=evaluate_help)
-    add("--cropped", action="store_true", help="with --evaluate: the photos are faces, cut already")
+    add("--cropped", action="store_true", help="the photos are faces, cut already; find none in them")
     add("--csv", type=Path, metavar="FILE", help="with --evaluate: a table, a row for each photo")
     add("--review", action="store_true", help="do not train, write review.html: the labels that look wrong")
     corrections_help = "what the page of --review exported (default: corrections.csv in --data-dir, if there)"
@@ -791,6 +792,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         device="auto",
     )
     args, resumed = shared.parse_with_resume(parser, argv, stage="emotion", out_dir=OUT_DIR)
+    if args.csv and not args.evaluate:
+        parser.error("--csv is for --evaluate; leave it out")
+    if args.evaluate and args.review:
+        parser.error("--evaluate and --review are two tasks; ask for one")
     if not args.evaluate:
         args.out_dir = args.out_dir or OUT_DIR
     return args, resumed
@@ -882,7 +887,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], **taken)
-        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, shared.FaceFinder(device)))
+        find = (lambda: None) if args.cropped else functools.partial(shared.FaceFinder, device)
+        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, find()))
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)

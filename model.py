@@ -56,7 +56,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -830,9 +830,9 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
 
 PNET_WINDOW, RNET_SIZE, ONET_SIZE = 12, 24, 48  # pixels, what each stage sees of a face
 MTCNN_FACTOR = 0.709  # from one level of the pyramid to the next: half the pixels
-# What the next stage gets to see of PNet, RNet and ONet. facenet-pytorch's first is 0.6, which finds the same
+# What the next stage gets to see of PNet and of RNet. facenet-pytorch's first is 0.6, which finds the same
 # 288 of its 290 surest faces in 32 photos and 200 frames of video; in 400 scraped photos, 381 faces, not 377.
-MTCNN_THRESHOLDS = (0.8, 0.7, 0.7)
+MTCNN_THRESHOLDS = (0.8, 0.7)
 SAME_FACE = 0.7  # candidates that overlap more are one face; facenet-pytorch's number
 MIN_FACE_SIZE = 0.025  # share of the shorter side; never less than MIN_FACE_PIXELS
 MIN_FACE_PIXELS = 20  # facenet-pytorch's default
@@ -873,7 +873,7 @@ class FaceFinder:
             device: where they run.
             min_face_size: the smallest face to look for, 12 pixels or more; or below 1, a share of the
                 image's shorter side, which never means less than MIN_FACE_PIXELS.
-            min_prob: how sure ONet must be of a face; it drops those below 0.7 anyway.
+            min_prob: how sure ONet must be of a face, 0-1.
             num_threads: see `Engine`.
 
         Raises:
@@ -939,7 +939,7 @@ class FaceFinder:
         kept = _distinct(boxes, probs, owners)
 
         faces, owners = self._decide(images, owners[kept], boxes[kept]), owners[kept]
-        is_face = (faces.probs > MTCNN_THRESHOLDS[2]) & (faces.probs >= self.min_prob)
+        is_face = faces.probs >= self.min_prob
         is_face &= (faces.boxes[:, :2] < size).all(1) & (faces.boxes[:, 2:] > 0).all(1)
         kept = np.flatnonzero(is_face)
         kept = kept[_distinct(faces.boxes[kept], faces.probs[kept], owners[kept], of_smaller=True)]
@@ -2663,6 +2663,7 @@ class Classifier:
     def _choose(self, emotions: Sequence[str]) -> None:
         """Set what depends on the classes to tell apart."""
         learned = self._notes["classes"]
+        emotions = [emotions] if isinstance(emotions, str) else emotions
         emotions = learned if list(emotions) == ["all"] else sorted(set(emotions)) or self.default_classes
         if unknown := set(emotions) - set(learned):
             raise ValueError(
@@ -2928,7 +2929,23 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises OSError when its help cannot be written, where argparse exits with 0."""
+    """Says what is wrong in one line, and raises OSError when its help cannot be written.
+
+    argparse would print the usage too, which fills a screen, and exit with 0.
+    """
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Read the command line; nothing in it may be empty, for an empty path is the current folder."""
+        for text in sys.argv[1:] if args is None else args:
+            if not text or re.fullmatch("--[a-z-]+=", text):
+                self.error(f"{text or 'an argument'} is empty; is a variable of the shell unset?")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit code 2, and a line on stderr."""
+        self.exit(2, f"error: {printable(message)}; see --help\n")
 
     def print_help(self, file: TextIO | None = None) -> None:
         """Print the help, on stdout if no file is given."""
@@ -3035,7 +3052,7 @@ def parse_with_resume(
         with contextlib.redirect_stderr(io.StringIO()) as usage:  # options that are gone do not matter
             began_with, _ = parser.parse_known_args(list(_as_options(resumed["config"])))
     except SystemExit:
-        reason = usage.getvalue().rpartition("error: ")[2].strip()
+        reason = usage.getvalue().removeprefix("error: ").rpartition(";")[0]
         raise ValueError(f"{args.resume} is of a run with an option that cannot be: {reason}") from None
     parser.set_defaults(**vars(began_with))
     return parser.parse_args(argv), resumed

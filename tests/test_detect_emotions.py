@@ -229,11 +229,24 @@ def test_min_face_prob_leaves_out_unsure_faces(read, tmp_path):
     assert sorted(face["face_prob"] for face in record["faces"]) == probs[1:]
 
 
-@pytest.mark.parametrize("option", ["--min-face-prob=1.5", "--min-face-size=0", "--device=abacus"])
-def test_options_out_of_range_are_refused(run, option):
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--min-face-prob=1.5", "argument --min-face-prob: 1.5 is out of range, expected 0 to 1"),
+        ("--min-face-size=0", "argument --min-face-size: 0 is neither 12 pixels or more nor a share below 1"),
+        ("--device=abacus", "argument --device: "),
+        ("--csv=faces.xlsx", "--csv cannot write faces.xlsx; name a file that ends in .csv or .parquet"),
+        ("--report=page.pdf", "--report cannot write page.pdf; name a file that ends in .html or .htm"),
+        ("--export=net.onnx", "--export writes all of --model and labels nothing; leave INPUT"),
+        ("--csv=", "--csv= is empty"),
+        ("", "an argument is empty"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line(run, option, reason):
     code, out, err = run(SAMPLE, option)
-    assert (code, out) == (2, "")
-    assert f"argument {option.split('=')[0]}: " in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {reason}")
+    assert err.endswith("; see --help\n")
 
 
 def test_classes_come_from_the_checkpoint(read, portrait, tmp_path):
@@ -1095,6 +1108,11 @@ def test_read_faces_gives_the_rows_of_the_table(run, classifier, sample_photo, t
     numbers = [name for name in table.columns if name not in {"file", "emotion", "frame", "time", "track"}]
     assert np.array_equal(table[numbers].astype(float), expected[numbers].astype(float))
     assert table["emotion"].tolist() == expected["emotion"].tolist()
+
+
+def test_all_emotions_are_chosen_by_one_word():
+    classifier = shared.Classifier.load(shared.DEFAULT_MODEL, device="cpu", emotions="all")
+    assert {"fearful", "neutral"} < set(classifier.classes)
 
 
 def test_read_faces_in_two_threads_gives_what_one_thread_gives(finder, classifier, sample_photo):

@@ -147,6 +147,15 @@ def test_min_face_size_below_the_window_is_refused(size):
         shared.FaceFinder(min_face_size=size)
 
 
+def test_min_prob_is_obeyed_below_the_cascades_own_threshold(sample):
+    turned = sample.rotate(70)  # of the faces that lie on their side it is less sure
+    low, high = (
+        shared.FaceFinder(min_face_size=40, min_prob=least).find(turned).probs for least in (0.3, 0.7)
+    )
+    assert 0.3 <= min(low) < 0.7 <= min(high)
+    assert len(high) < len(low)
+
+
 def test_refine_answers_each_box_in_order(finder, faces, sample):
     wall = np.array([[450, 5, 520, 75]], np.float32)
     boxes = np.concatenate([faces.boxes[[2]], wall, faces.boxes[[0, 0]]])

@@ -591,6 +591,21 @@ def test_evaluate_takes_faces_that_are_cut_already(tmp_path, fer_checkpoint, cap
     assert "of 10, mean recall" in capsys.readouterr().out
 
 
+def test_faces_that_are_cut_already_are_learned_from(tmp_path, options, capsys):
+    make_faces(tmp_path / "ready", 5, CLASSES)
+    finetune_emotion.main([*options, "--data-dir", str(tmp_path / "ready"), "--cropped"])
+    counts = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert counts == [["angry", "5", "0"], ["happy", "5", "0"], ["total", "10", "0"]]
+    assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["classes"] == list(CLASSES)
+
+
+def test_a_table_without_evaluate_is_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main([*options, "--csv", "table.csv"])
+    assert stop.value.code == 2
+    assert "error: --csv is for --evaluate" in capsys.readouterr().err
+
+
 def test_evaluate_names_what_the_model_knows_where_it_knows_no_folder(tmp_path, fer_checkpoint):
     faces = make_faces(tmp_path / "faces", 2, ("bored", "calm"))
     with pytest.raises(SystemExit) as stop:
