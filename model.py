@@ -676,13 +676,18 @@ class Engine:
         how = {"any_size": any_size, "fast": fast, "num_threads": num_threads}
         made = _openvino_engine(name, key, build, **how) if str(device) == "cpu" else None
         self._infer, self.notes = made or _torch_engine(build(), device)
+        self._nothing: list[np.ndarray] | None = None  # the outputs for no images, once they were asked for
 
     def __call__(self, images: np.ndarray) -> list[np.ndarray]:
         """Run images (N, H, W, C); return the network's outputs, float32 (N, ...)."""
         if not self._pads:
             return self._infer(images)
+        if not len(images):
+            one = np.zeros((1, *images.shape[1:]), images.dtype)
+            self._nothing = self._nothing or [output[:0] for output in self._infer(one)]
+            return self._nothing
         parts = []
-        for start in range(0, max(len(images), 1), BATCH_SIZES[-1]):
+        for start in range(0, len(images), BATCH_SIZES[-1]):
             batch = images[start : start + BATCH_SIZES[-1]]
             length = next(size for size in BATCH_SIZES if size >= len(batch))
             padding = np.zeros((length - len(batch), *batch.shape[1:]), batch.dtype)
