@@ -951,12 +951,12 @@ class FaceFinder:
         return [Faces(*(part[kept[owners[kept] == i]] for part in faces)) for i in range(len(images))]
 
     def _propose(
-        self, scales: Sequence[float], levels: Sequence[np.ndarray]
+        self, scales: Sequence[float], levels: Sequence[Sequence[Image.Image]]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run PNet over the levels; return M squared boxes (M, 4), their probs (M,) and images (M,)."""
         proposals = [(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))]
         for scale, level in zip(scales, levels, strict=True):
-            shifts, probs = self._pnet(level)
+            shifts, probs = self._pnet(np.stack([np.asarray(image) for image in level]))
             owners, y, x = _peaks(probs[:, 1], MTCNN_THRESHOLDS[0])
             corners = 2 * np.stack([x, y], 1) + 1  # PNet's stride is 2
             windows = np.hstack([corners, corners + PNET_WINDOW - 1]) / scale
@@ -996,13 +996,13 @@ def _mtcnn_engine(name: str, size: int | None, device: torch.device | str, num_t
     return Engine(name.lower(), key, build, device, any_size=any_size, fast=is_fast, num_threads=num_threads)
 
 
-def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[np.ndarray]]:
-    """Shrink images of one size to `scale` and, step by step, down to PNet's window.
+def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[Sequence[Image.Image]]]:
+    """Shrink N images of one size to `scale` and, step by step, down to PNet's window.
 
     A finer level comes first, from which RNet's crops of the smallest faces are cut.
 
     Returns:
-        The levels' scales, descending, and the levels, each uint8 (N, H, W, 3).
+        The levels' scales, descending, and the levels, each of N images.
     """
     width, height = images[0].size
     scales = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)]
@@ -1014,21 +1014,17 @@ def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], 
         size = (int(width * scale + 1), int(height * scale + 1)) if scale < 1 else (width, height)
         return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1)
 
-    def shrink(chain: tuple[Image.Image, int]) -> list[np.ndarray]:
+    def shrink(chain: tuple[Image.Image, int]) -> list[Image.Image]:
         """Make every second level from the finest one on, each from the one before it."""
         image, first = chain
-        levels = []
-        for scale in scales[first::2]:
-            image = at_scale(image, scale)
-            levels.append(np.asarray(image))
-        return levels
+        return [image := at_scale(image, scale) for scale in scales[first::2]]
 
     for image in images:
         image.load()  # a file that is still to be decoded is not for two threads
     finest = list(_threads().map(at_scale, images, itertools.repeat(scales[0])))
     chains = list(_threads().map(shrink, [(image, first) for image in finest for first in (1, 2)]))
-    odd, even = (list(map(np.stack, zip(*chains[first::2], strict=True))) for first in (0, 1))
-    levels = [np.stack(finest), *(level for pair in itertools.zip_longest(odd, even) for level in pair)]
+    odd, even = (zip(*chains[first::2], strict=True) for first in (0, 1))
+    levels = [finest, *(level for pair in itertools.zip_longest(odd, even) for level in pair)]
     return scales, levels[: len(scales)]
 
 
@@ -1049,23 +1045,19 @@ def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
 
 
 def _level_crops(
-    levels: Sequence[np.ndarray], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray
+    levels: Sequence[Sequence[Image.Image]], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray
 ) -> np.ndarray:
     """Cut M boxes out of a pyramid, each where its side is nearest RNet's: uint8 (M, 24, 24, 3)."""
     regions = _inside(boxes, image_size)
     sides = (regions[:, 2:] - regions[:, :2]).max(1)
-    scales = np.array([level.shape[2] for level in levels]) / image_size[0]
-    is_fine_enough = sides[:, None] * scales >= RNET_SIZE * MTCNN_FACTOR**0.5
+    scales = np.array([images[0].size for images in levels]) / image_size  # (levels, 2)
+    is_fine_enough = sides[:, None] * scales[:, 0] >= RNET_SIZE * MTCNN_FACTOR**0.5
     chosen = (is_fine_enough.sum(1) - 1).clip(0)
+    regions = (regions * np.tile(scales[chosen], 2)).tolist()
     crops = np.empty((len(boxes), RNET_SIZE, RNET_SIZE, 3), np.uint8)
-    images = {}  # by level and owner
-    for i, key in enumerate(zip(chosen.tolist(), owners.tolist(), strict=True)):
-        if key not in images:
-            images[key] = Image.fromarray(levels[key[0]][key[1]])
-        level = images[key]
-        ratio = np.array(level.size) / image_size
-        region = (regions[i] * np.tile(ratio, 2)).tolist()
-        crops[i] = level.resize((RNET_SIZE, RNET_SIZE), Image.Resampling.BILINEAR, region)
+    for i, (level, owner) in enumerate(zip(chosen.tolist(), owners.tolist(), strict=True)):
+        size, image = (RNET_SIZE, RNET_SIZE), levels[level][owner]
+        crops[i] = image.resize(size, Image.Resampling.BILINEAR, regions[i])
     return crops
 
 
