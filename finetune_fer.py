@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
+FEW_FACES = 1000  # chosen here: from 100 and 300 faces, stage 5 learned more
 TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
 COMMON_SHARE = (
     0.5  # of a face's weight in the loss, for the common head; the collection's own head has the rest
@@ -199,6 +200,8 @@ def describe(
             lines[title] = shared.count_labels(split.labels, classes)
     voted = sum(int((split.votes.sum(1) > 0).sum()) for split in train.values())
     lines["votes"] = f"known for {voted} images of train"
+    if parent["stage"] != "gray" and sum(len(split.labels) for split in train.values()) < FEW_FACES:
+        lines["hint"] = "these are few faces; finetune_emotion.py --cropped --no-mix learns more from them"
     new = [name for name in classes if name not in parent["classes"]]
     return {**lines, "untrained in the head": ", ".join(new) or "none"}
 

@@ -278,6 +278,7 @@ def test_copies_in_other_splits_are_judged_apart(tmp_path, fer_dir, options, cap
     for path in copied:
         shutil.copy(path, fer_dir / "train" / path.parent.name / f"9{path.stem}.png")
     finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert "hint" not in capsys.readouterr().out  # after stage 3, this stage is the way
     test = json.loads((tmp_path / "run" / "test.json").read_text())
     assert test["n"] == 30
     assert test["subsets"]["not in another split"]["n"] == 26
@@ -286,7 +287,9 @@ def test_copies_in_other_splits_are_judged_apart(tmp_path, fer_dir, options, cap
 def test_classes_that_the_head_does_not_know_are_named(tmp_path, options, capsys):
     start = write_checkpoint(tmp_path / "start" / "best.pt", shared.gray_resnet(ARCH, 2), ("angry", "happy"))
     finetune_fer.main([*options, "--init", str(start), "--out-dir", str(tmp_path / "run")])
-    assert "untrained in the head: disgusted, sad, surprised\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "untrained in the head: disgusted, sad, surprised\n" in out
+    assert "hint: these are few faces; finetune_emotion.py --cropped --no-mix learns more from them\n" in out
 
 
 def test_a_trained_model_learns_on_in_the_parts_that_are_named(tmp_path, options):
