@@ -457,7 +457,7 @@ MAX_LATE = 5  # frames' durations that the first picture may come late; putting 
 MPEG = {"mpeg", "mpegts"}  # FFmpeg's names of formats for broadcasts and discs
 MAX_DELAY = 16  # pictures that H.264 may hold back to put them in order
 MAX_SIDE, MAX_PIXELS = 16_384, 8192 * 4320  # of a frame: libx264's limit, and 8K
-BATCH_PIXELS = 2**25  # that are worked on together: 8 frames of full HD have half as many
+BATCH_PIXELS = 2**25  # that are worked on together: 16 frames of full HD
 # s between two pictures in MPEG's own formats, ISO/IEC 13818-1. Elsewhere they may be rarer; in Matroska more
 # than usual means little, unless so many bytes between two packets belong to none.
 MAX_GAP, USUAL_GAP, HOLE_BYTES = 0.7, 0.1, 1000
@@ -594,7 +594,7 @@ class Video:
             size = f"{codec.width}x{codec.height}"
             raise ValueError(f"{path} has frames of {size} pixels, which is too large; scale it down first")
         codec.options, codec.thread_type = {"max_pixels": str(MAX_PIXELS)}, "AUTO"
-        self.batch_size = max(1, min(8, BATCH_PIXELS // max(1, codec.width * codec.height)))
+        self.batch_size = max(1, min(16, BATCH_PIXELS // max(1, codec.width * codec.height)))
         self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
         self.time_base = self._stream.time_base
         self.colors = (codec.colorspace or BT709, codec.color_primaries, codec.color_trc)  # 0 is RGB
