@@ -1373,7 +1373,7 @@ def needed(name: str | Path) -> Iterator[None]:
         sys.exit(f"error: cannot write {shared.printable(name)}: {error.strerror}")
 
 
-JOURNAL_FORMAT = 1  # to be raised when what a row holds changes
+JOURNAL_FORMAT = 1  # to be raised when a column comes to hold something else; new ones are noticed
 # The options on which rows depend, beside the model.
 ROW_OPTIONS = ("emotions", "unsure", "min_face_prob", "min_face_size", "start", "end", "every")
 ROW_OPTIONS += ("search_every", "smooth", "rejoin", "empty_rows", "blur")
@@ -2049,6 +2049,12 @@ def open_report(
 # --- results ---
 
 
+def columns_by_option(classes: Sequence[str], labels: Sequence[str]) -> dict[str, Sequence[str]]:
+    """Name the columns of each table, of a model's classes and of the labels that faces get."""
+    faces, summary = shared.table_columns(classes), summary_columns(labels)
+    return {"--csv": faces, "--summary": summary, "--save-crops": Crops.columns}
+
+
 class Results:
     """What all inputs make together: standard output, --csv, --summary, --save-crops and --report.
 
@@ -2084,9 +2090,9 @@ class Results:
         """
         self.style, self._keep_empty, self._report_path = style, keep_empty, paths.get("--report")
         self.failures: dict[Source, str] = {}
-        self.is_first = shared.place()[0] == 0
+        self.is_first, columns = shared.place()[0] == 0, columns_by_option((), ())
         self.tables = {
-            option: Table(path, {"table": option, **settings}, sources, is_anew)
+            option: Table(path, {"table": option, "columns": columns[option], **settings}, sources, is_anew)
             for option, path in paths.items()
             if option != "--report"
         }
@@ -2097,16 +2103,14 @@ class Results:
     @contextmanager
     def writing(self, kit: Kit, model_path: Path, todo: Sequence[Source]) -> Iterator[None]:
         """Let the block add the results of what is to do; write tables and report once it ends well."""
-        faces, self._kit = shared.table_columns(kit.classifier.classes), kit
-        columns = {"--csv": faces, "--summary": summary_columns(list(kit.colors))}
-        columns["--save-crops"] = Crops.columns
+        columns, self._kit = columns_by_option(kit.classifier.classes, list(kit.colors)), kit
         with ExitStack() as stack:
             for option, table in self.tables.items():
                 stack.enter_context(table.writing(columns[option], todo))
             page = open_report(self._report_path, kit, model_path, self.failures)
             self._report = stack.enter_context(page)
             if self.style == "csv":
-                print_rows([faces], len(faces))
+                print_rows([columns["--csv"]], len(columns["--csv"]))
             shared.gather(None)  # before any process writes, the first has the locks
             yield
             for parts, failures in shared.gather(([t.parts for t in self.tables.values()], self.failures)):

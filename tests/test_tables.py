@@ -193,6 +193,15 @@ def test_journal_that_is_cut_short_or_damaged_costs_only_what_is_lost(run, album
     assert err.startswith(f"error: {journal} does not say that this program wrote it; ")
 
 
+def test_journal_with_other_columns_is_begun_anew(run, album, tmp_path):
+    photo, table, journal = album / "a.png", tmp_path / "t.csv", tmp_path / ".t.csv.journal"
+    run(photo, "--csv", table)
+    expected = journal.read_bytes()
+    journal.write_bytes(expected.replace(b'"x0", ', b"", 1))
+    assert labelled(run(photo, "--csv", table)[1]) == ["a.png"]
+    assert journal.read_bytes() == expected
+
+
 def test_two_runs_do_not_write_one_table(album, run, tmp_path):
     other = Table(tmp_path / "t.csv", {}, [], False)
     with other.writing(["file"], []):
