@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, address_space_limit, file_size_limit, write_checkpoint
+from conftest import FIVE, ROOT, address_space_limit, file_size_limit, write_checkpoint
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageColor, ImageDraw
 from test_detect_video import OUTPUTS, write_video
 from tiny_resnet import ARCH
@@ -136,7 +136,7 @@ def test_main_prints_a_line_for_each_face_from_left_to_right(run, tmp_path):
     assert all(0 <= x0 < x1 <= 960 and 0 <= y0 < y1 <= 960 for x0, y0, x1, y1 in boxes)
     for name, _, emotion, prob in rows:
         assert name == str(SAMPLE)
-        assert emotion in shared.EMOTIONS
+        assert emotion in FIVE
         assert 0.2 <= float(prob) <= 1  # the largest of five
 
 
@@ -161,7 +161,7 @@ def test_json_describes_the_image_and_each_face(read, tmp_path):
     for face in record["faces"]:
         assert set(face) == {"box", "face_prob", "landmarks", "emotion", "prob", "probs"}
         assert 0.9 <= face["face_prob"] <= 1
-        assert tuple(face["probs"]) == shared.EMOTIONS
+        assert tuple(face["probs"]) == FIVE
         assert sum(face["probs"].values()) == pytest.approx(1, abs=0.001)
         assert face["prob"] == face["probs"][face["emotion"]] == max(face["probs"].values())
         x0, y0, x1, y1 = face["box"]
@@ -808,7 +808,7 @@ def test_classes_that_look_like_formulas_are_text_in_tables_and_control_characte
 
 def test_model_that_gives_nan_is_an_error_not_a_label(run, small, tmp_path):
     small.save(tmp_path / "x.png")
-    model = write_model(tmp_path / "best.pt", shared.EMOTIONS, scale=1e38)  # finite, what it computes is not
+    model = write_model(tmp_path / "best.pt", FIVE, scale=1e38)  # finite, what it computes is not
     for options in ([], ["--json"]):
         code, out, err = run(tmp_path / "x.png", "--model", model, *options)
         assert (code, out) == (1, "")
@@ -866,7 +866,7 @@ def crowd(rng, num_faces, image_size):
     sides = rng.integers(max(8, short // 40), max(9, short // 3), num_faces)
     left_top = rng.uniform(0, np.array(image_size) - sides[:, None])
     boxes = np.hstack([left_top, left_top + sides[:, None]]).round()
-    words = rng.choice(shared.EMOTIONS, num_faces)
+    words = rng.choice(FIVE, num_faces)
     fonts = [fit_font(None, word, box, image_size) for word, box in zip(words, boxes, strict=True)]
     pairs = zip(words, fonts, strict=True)
     sizes = [(label_size(f"{word} 97%", font), label_size(word, font)) for word, font in pairs]
@@ -969,7 +969,7 @@ def test_font_is_readable_and_fits_the_image(image_size):
 
 def test_font_and_line_grow_with_the_image(portrait):
     face = {"box": (150, 115, 325, 325), "emotion": "happy", "prob": 0.97}
-    colors = class_colors(shared.EMOTIONS)
+    colors = class_colors(FIVE)
     marked_parts = []
     for scale in (1, 10):
         image = portrait.resize((440 * scale, 480 * scale))
@@ -982,7 +982,7 @@ def test_font_and_line_grow_with_the_image(portrait):
 def test_draw_faces_leaves_the_image_alone(portrait):
     before = portrait.copy()
     face = {"box": (-0.4, 0.0, 220.0, 240.0), "emotion": "sad", "prob": 0.5}
-    marked = draw_faces(portrait, [face], class_colors(shared.EMOTIONS))
+    marked = draw_faces(portrait, [face], class_colors(FIVE))
     assert ImageChops.difference(portrait, before).getbbox() is None
     for corner in ((0, 239), (219, 239), (219, 0)):  # the box is visible along the image's edges
         assert marked.getpixel(corner) == ImageColor.getrgb(COLORS["sad"])
@@ -1018,8 +1018,8 @@ def test_emotions_have_colors_that_the_color_blind_can_tell_apart(vision):
 def test_every_class_has_a_color_of_its_own():
     for classes in (
         shared.EMOTIONS,
-        (*shared.EMOTIONS, "fearful", "neutral"),
-        (*shared.EMOTIONS, "bored", "calm"),
+        (*FIVE, "fearful", "neutral"),
+        (*FIVE, "bored", "calm"),
         ("anger", "contempt", "disgust", "fear", "happiness", "neutral", "sadness", "surprise"),
         tuple(f"class {number}" for number in range(12)),
     ):

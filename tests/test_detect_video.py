@@ -21,7 +21,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import file_size_limit
+from conftest import FIVE, file_size_limit
 from PIL import Image, ImageDraw
 
 import detect_emotions
@@ -164,9 +164,9 @@ def test_video_gets_a_labelled_copy_tables_and_a_plot(run, moving, tmp_path):
         changed = np.abs(after[i].astype(int) - before[i]).max(2) > 60
         assert changed[round(y0) : round(y1), round(x0) - 4 : round(x0) + 5].any(1).mean() > 0.8  # the box
         assert changed[:, round(x1) + 60 :].sum() == 0
-        probs = [float(row[f"prob_{name}"]) for name in shared.EMOTIONS]
+        probs = [float(row[f"prob_{name}"]) for name in FIVE]
         assert sum(probs) == pytest.approx(1, abs=0.001)
-        assert float(row["prob"]) == probs[shared.EMOTIONS.index(row["emotion"])]
+        assert float(row["prob"]) == probs[FIVE.index(row["emotion"])]
 
     (track,) = read_table(tmp_path / "clip_emotions_tracks.csv")
     assert {key: track[key] for key in ("track", "first", "last", "seconds", "emotion")} == {
@@ -176,7 +176,7 @@ def test_video_gets_a_labelled_copy_tables_and_a_plot(run, moving, tmp_path):
         "seconds": "1.0",
         "emotion": "happy",
     }
-    assert sum(float(track[f"share_{name}"]) for name in shared.EMOTIONS) == pytest.approx(1, abs=0.001)
+    assert sum(float(track[f"share_{name}"]) for name in FIVE) == pytest.approx(1, abs=0.001)
     with Image.open(tmp_path / "clip_emotions_timeline.png") as plot:
         colors = {color for count, color in plot.convert("RGB").getcolors(1 << 24) if count > 500}
     assert (240, 228, 66) in colors  # happy
@@ -1188,12 +1188,12 @@ WALL = Image.new("RGB", SIZE)
 
 
 def face_of(track, emotion="happy", prob=0.8):
-    probs = dict.fromkeys(shared.EMOTIONS, (1 - prob) / 4) | {emotion: prob}
+    probs = dict.fromkeys(FIVE, (1 - prob) / 4) | {emotion: prob}
     return {"track": track, "box": [10.0, 10.0, 60.0, 70.0], "emotion": emotion, "prob": prob, "probs": probs}
 
 
 def test_summary_counts_the_seconds_of_each_emotion(capsys):
-    summary = Summary(shared.EMOTIONS)
+    summary = Summary(FIVE)
     for i in range(10):
         summary.add(
             frame_at(i / 10), [face_of(1, "happy" if i < 6 else "sad")] + [face_of(2, "angry")] * (i > 7)
@@ -1220,7 +1220,7 @@ def test_summary_counts_the_seconds_of_each_emotion(capsys):
 
 
 def test_summary_keeps_means_when_its_bins_double():
-    summary = Summary(shared.EMOTIONS)
+    summary = Summary(FIVE)
     for i in range(10 * NUM_BINS):
         summary.add(frame_at(i / 10), [face_of(1, prob=0.9 if i < 5 * NUM_BINS else 0.3)])
     ((times, means),) = summary.runs(1)
@@ -1231,7 +1231,7 @@ def test_summary_keeps_means_when_its_bins_double():
 
 
 def test_summary_keeps_pictures_of_the_longest_tracks_only():
-    summary = Summary(shared.EMOTIONS)
+    summary = Summary(FIVE)
     number = 0
     for track in range(1, 3 * NUM_PICTURED):
         for _ in range(1 + track % 7):
@@ -1245,7 +1245,7 @@ def test_summary_keeps_pictures_of_the_longest_tracks_only():
 
 
 def test_timeline_has_a_gap_where_the_face_was_away(tmp_path):
-    summary = Summary(shared.EMOTIONS)
+    summary = Summary(FIVE)
     for i in range(30):
         summary.add(frame_at(i / 10), [face_of(1)] * (i < 10 or i >= 20))
     runs = [(times[0], times[-1]) for times, _ in summary.runs(1)]

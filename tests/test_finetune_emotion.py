@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_faces, write_checkpoint
+from conftest import FIVE, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES
 
@@ -645,7 +645,7 @@ def test_rows_of_new_classes_are_fitted_and_known_rows_stay(tmp_path):
 def test_rehearsal_keeps_what_the_photos_do_not_show(tmp_path, fer_dir, mixed):
     """A network of seven classes, photos of two: it goes on knowing seven, and says the two."""
     torch.manual_seed(0)
-    classes = sorted([*shared.EMOTIONS, "fearful", "neutral"])
+    classes = sorted([*FIVE, "fearful", "neutral"])
     for split in shared.SPLITS:
         make_faces(fer_dir / split, 4, ("fearful", "neutral"))
     parent = write_checkpoint(tmp_path / "seven.pt", shared.gray_resnet(ARCH, 7), classes, crop_margin=0.1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, file_size_limit, make_faces, write_checkpoint
+from conftest import FIVE, ROOT, file_size_limit, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES
 
@@ -33,7 +33,7 @@ def test_training_learns_and_writes_what_it_says(tmp_path, options, capsys):
     assert log[-1]["train_loss"] < log[0]["train_loss"]
     best = shared.load_checkpoint(out_dir / "best.pt", stages=("fer",))
     assert best["metrics"]["val_loss"] == min(record["val_loss"] for record in log)
-    assert best["classes"] == list(shared.EMOTIONS)
+    assert best["classes"] == list(FIVE)
     assert best["config"]["lr"] == 0.001
     assert f"wrote {out_dir / 'best.pt'}" in out
     for name in ("curves", "test_confusion", "test_reliability"):
@@ -209,7 +209,7 @@ def test_more_emotions_are_learned_than_are_told_apart_by_default(tmp_path, fer_
     assert "train: 112 images" in out
     assert "fearful 16" in out
     best = shared.load_checkpoint(out_dir / "best.pt")
-    assert best["classes"] == sorted([*shared.EMOTIONS, "fearful", "neutral"])
+    assert best["classes"] == sorted([*FIVE, "fearful", "neutral"])
     assert best["default_classes"] == ["angry", "happy", "sad"]
     assert best["model"]["fc.weight"].shape == (7, FEATURES)
     assert json.loads((out_dir / "test.json").read_text())["n"] == 18
@@ -224,8 +224,8 @@ def test_emotions_that_train_does_not_have_are_a_mistake(options, tmp_path):
 def write_votes(fer_dir, splits, votes):
     """Write votes.csv for the faces of some splits; `votes` maps a class to its counts."""
     rows = sorted({int(path.stem) for split in splits for path in (fer_dir / split).rglob("*.png")})
-    header = ["row", *shared.EMOTIONS]
-    lines = [[row, *(votes.get(name, 0) for name in shared.EMOTIONS)] for row in rows]
+    header = ["row", *FIVE]
+    lines = [[row, *(votes.get(name, 0) for name in FIVE)] for row in rows]
     text = "".join(",".join(map(str, line)) + "\n" for line in [header, *lines])
     (fer_dir / "votes.csv").write_text(text)
 
@@ -237,11 +237,9 @@ def test_votes_are_learned_beside_the_labels(tmp_path, fer_dir, options, capsys)
     out = capsys.readouterr().out
     assert "votes: known for 80 images of train" in out
     last = shared.load_network(shared.load_checkpoint(tmp_path / "run" / "last.pt"))
-    images, labels, _ = shared.load_faces(fer_dir, "test", shared.EMOTIONS)
+    images, labels, _ = shared.load_faces(fer_dir, "test", FIVE)
     batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
-    assert set(shared.evaluate(last, batches.eval())[0].argmax(1).tolist()) == {
-        shared.EMOTIONS.index("happy")
-    }
+    assert set(shared.evaluate(last, batches.eval())[0].argmax(1).tolist()) == {FIVE.index("happy")}
     test = json.loads((tmp_path / "run" / "test.json").read_text())
     assert (
         test["subsets"]["with 6 of FER+'s 10 votes"]["n"] == test["subsets"]["not in another split"]["n"] / 5
@@ -318,20 +316,20 @@ def write_teacher(folder, classes, **bias):
 
 def test_teachers_are_learned_from_beside_the_labels(tmp_path, fer_dir, options):
     """All that the teachers see is sad; learned from them alone, every face is, after a resumed run too."""
-    teachers = [str(write_teacher(tmp_path / name, shared.EMOTIONS, sad=20.0)) for name in "ab"]
+    teachers = [str(write_teacher(tmp_path / name, FIVE, sad=20.0)) for name in "ab"]
     taught = [*QUICK, "--teachers", *teachers, "--teacher-weight", "1", "--epochs", "2"]
     finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), *taught])
     last = tmp_path / "run" / "last.pt"
     assert shared.load_checkpoint(last)["config"]["teachers"] == teachers
     finetune_fer.main(["--resume", str(last), "--epochs", "4"])
     net = shared.load_network(shared.load_checkpoint(last))
-    images, labels, _ = shared.load_faces(fer_dir, "test", shared.EMOTIONS)
+    images, labels, _ = shared.load_faces(fer_dir, "test", FIVE)
     batches = shared.FaceBatches(images, labels, 16, 32, torch.device("cpu"))
-    assert set(shared.evaluate(net, batches.eval())[0].argmax(1).tolist()) == {shared.EMOTIONS.index("sad")}
+    assert set(shared.evaluate(net, batches.eval())[0].argmax(1).tolist()) == {FIVE.index("sad")}
 
 
 def test_ask_teachers_averages_networks_and_mirror_images(tmp_path, fer_dir):
-    device, classes = torch.device("cpu"), shared.EMOTIONS
+    device, classes = torch.device("cpu"), FIVE
     paths = [write_teacher(tmp_path / "a", classes), write_teacher(tmp_path / "b", classes[::-1], happy=1.0)]
     images, labels, _ = shared.load_faces(fer_dir, "test", classes)
     expected = torch.zeros(len(images), 5)
@@ -437,7 +435,7 @@ def test_other_collections_are_learned_beside_fer(tmp_path, fer_dir, options, ca
     assert "test_web_all: accuracy" in out
     assert "test_more" not in out  # it has no test faces
     best = shared.load_checkpoint(out_dir / "best.pt")
-    assert best["classes"] == sorted([*shared.EMOTIONS, "neutral"])
+    assert best["classes"] == sorted([*FIVE, "neutral"])
     assert best["default_classes"] == list(shared.EMOTIONS)
     assert best["model"]["fc.weight"].shape == (6, FEATURES)
     assert best["config"]["mix"] == mix[1:]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import file_size_limit, make_faces, write_checkpoint
+from conftest import FIVE, file_size_limit, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES, REAL_ARCHS
 
@@ -336,7 +336,7 @@ def test_split_batches_leaves_no_batch_of_one():
 
 
 def test_load_faces_labels_by_folder_and_limits_evenly(fer_dir):
-    images, labels, _ = shared.load_faces(fer_dir, "train", shared.EMOTIONS, limit=20)
+    images, labels, _ = shared.load_faces(fer_dir, "train", FIVE, limit=20)
     assert images.shape == (20, 1, 48, 48)
     assert torch.bincount(labels).tolist() == [4] * 5
     for image, label in zip(images, labels, strict=True):
@@ -528,7 +528,7 @@ def test_fit_temperature_finds_the_scale_that_was_put_in():
     assert shared.fit_temperature([(logits * 3, labels)], 2.0) == pytest.approx(3, abs=0.15)
     small = (logits[:500] * 3, labels[:500])  # counts as much as the large one
     assert 1.5 < shared.fit_temperature([(logits, labels), small], 2.0) < 2.8
-    right, wrong = (shared.judge(logits * 3, labels, by, shared.EMOTIONS)["ece"] for by in (3.0, 1.0))
+    right, wrong = (shared.judge(logits * 3, labels, by, FIVE)["ece"] for by in (3.0, 1.0))
     assert right < 0.01 < wrong
 
 
@@ -564,7 +564,7 @@ def test_a_head_without_a_target_does_not_learn():
 
 def test_a_confusion_matrix_grows_with_its_classes_and_says_once_which_letters_it_lacks(tmp_path, capsys):
     sizes = {}
-    for names in (shared.EMOTIONS, [f"mildly-disappointed-but-polite 快乐 {n}" for n in range(12)]):
+    for names in (FIVE, [f"mildly-disappointed-but-polite 快乐 {n}" for n in range(12)]):
         path, counts = tmp_path / "plot.png", np.eye(len(names), dtype=int)
         shared.plot_confusion(counts, names, "test", path)
         with Image.open(path) as plot:
@@ -718,7 +718,7 @@ def test_save_checkpoint_to_a_full_disk_leaves_the_old_file(tmp_path):
 
 def test_load_network_wants_every_weight_and_no_other():
     net = shared.gray_resnet(ARCH, 5)
-    checkpoint = {"arch": ARCH, "classes": shared.EMOTIONS, "model": net.state_dict()}
+    checkpoint = {"arch": ARCH, "classes": FIVE, "model": net.state_dict()}
     loaded = shared.load_network(checkpoint)
     assert all(value.equal(net.state_dict()[name]) for name, value in loaded.state_dict().items())
     for wrong in (

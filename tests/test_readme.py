@@ -22,7 +22,7 @@ import pytest
 import tiny_resnet
 import torch
 import torchvision
-from conftest import ROOT, write_checkpoint
+from conftest import FIVE, ROOT, write_checkpoint
 from PIL import Image
 from test_detect_video import write_video
 
@@ -94,7 +94,7 @@ def make_photos(folder):
         noise.resize((90, 70)).save(folder / "data" / "imagenet" / f"class {number}" / "0.jpg")
     with Image.open(folder / "resources" / "sample.jpg") as montage:
         people = [montage.crop((x, y, x + 480, y + 480)) for x in (0, 480) for y in (0, 480)]
-    for label, name in enumerate(shared.EMOTIONS):
+    for label, name in enumerate(FIVE):
         (folder / "data" / "google" / name).mkdir(parents=True)
         for number, person in enumerate(people):  # heads aslant: no face is another's near-duplicate
             person.rotate(12 * (label - 2)).save(folder / "data" / "google" / name / f"{number}.jpg")
@@ -106,7 +106,7 @@ def copy_photos(folder, real_data):
     for path in shared.list_images(real_data / "imagenet-sample", limit=6):
         (folder / "data" / "imagenet" / path.parent.name).mkdir(parents=True)
         shutil.copy(path, folder / "data" / "imagenet" / path.parent.name)
-    for emotion in shared.EMOTIONS:
+    for emotion in FIVE:
         (folder / "data" / "google" / emotion).mkdir(parents=True)
         for path in shared.list_images(real_data / "scraped" / emotion, limit=5):
             shutil.copy(path, folder / "data" / "google" / emotion)
@@ -115,7 +115,7 @@ def copy_photos(folder, real_data):
 
 def copy_own_photos(folder):
     """Copy some of these photos to where the README's page on own classes has them."""
-    for own, emotion in zip(OWN_CLASSES, shared.EMOTIONS, strict=False):
+    for own, emotion in zip(OWN_CLASSES, FIVE, strict=False):
         for data_dir in ("mine", "mine_test"):
             shutil.copytree(folder / "data" / "google" / emotion, folder / "data" / data_dir / own)
 
@@ -137,7 +137,7 @@ def checkout(request, tmp_path_factory):
         copy_own_photos(folder)
         make_fer(*tables)
         net = shared.gray_resnet(tiny_resnet.ARCH, 5)
-        write_checkpoint(folder / "resources" / "emotion_resnet50.pt", net, shared.EMOTIONS)
+        write_checkpoint(folder / "resources" / "emotion_resnet50.pt", net, FIVE)
         torch.save(shared.color_resnet(tiny_resnet.ARCH).state_dict(), folder / "teacher.pth")
         return folder, ["--arch", tiny_resnet.ARCH, "--teacher-weights", "teacher.pth"]
     real_data = request.getfixturevalue("real_data")

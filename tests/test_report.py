@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import file_size_limit
+from conftest import FIVE, file_size_limit
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -48,7 +48,7 @@ def test_report_holds_the_faces_that_json_prints(run, tmp_path):
     head, [photo], failed = page_data(tmp_path / "r.html")
     record = json.loads(out)
     assert [head["labels"][face["label"]]["name"] for face in photo["faces"]] == SAMPLE_LABELS
-    assert head["classes"] == list(shared.EMOTIONS)
+    assert head["classes"] == list(FIVE)
     assert shared.file_digest(shared.DEFAULT_MODEL).startswith(head["digest"])
     assert (photo["file"], photo["size"], failed) == (str(SAMPLE), [960, 960], [])
     for face, expected in zip(photo["faces"], record["faces"], strict=True):

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, file_size_limit
+from conftest import FIVE, ROOT, file_size_limit
 from PIL import Image
 
 import model as shared
 import unpack_fer_data
-from model import EMOTIONS
 from unpack_fer_data import LABELS, main
 
 SCRIPT = unpack_fer_data.__file__
@@ -90,7 +89,7 @@ def run(out, capsys):
     def run_main(*argv):
         code, message = 0, ""
         try:
-            main([*map(str, argv), "--out-dir", str(out)])
+            main(["--emotions", *FIVE, "--out-dir", str(out), *map(str, argv)])
         except SystemExit as error:
             code, message = (error.code, "") if isinstance(error.code, int) else (1, f"{error.code}\n")
         captured = capsys.readouterr()
@@ -147,7 +146,7 @@ def test_emotions_chooses_the_classes(run, tmp_path, out):
 def test_every_chosen_class_has_a_folder_in_every_split(run, tmp_path, out):
     run(write_csv(tmp_path / "fer2013.csv", MIXED), "--limit", "1")
     folders = {str(path.relative_to(out)) for path in out.glob("*/*")}
-    assert folders == {f"{split}/{emotion}" for split in ("train", "val", "test") for emotion in EMOTIONS}
+    assert folders == {f"{split}/{emotion}" for split in ("train", "val", "test") for emotion in FIVE}
 
 
 def test_limit_reads_the_first_rows_only(run, tmp_path, out):
@@ -508,7 +507,7 @@ def test_the_manifest_is_that_of_earlier_versions_so_that_their_folders_count_as
         "source": {
             "csv": hashlib.blake2b(path.read_bytes()).hexdigest(),
             "ferplus": None,
-            "emotions": sorted(EMOTIONS),
+            "emotions": sorted(FIVE),
             "size": 48,
             "drop_duplicates": True,
             "limit": None,
@@ -645,12 +644,13 @@ def test_ctrl_c_exits_with_130_and_the_next_run_completes(run, tmp_path, out, mo
 def test_a_killed_run_leaves_whole_images_or_none_and_the_next_completes(run, start, tmp_path, out, num_left):
     """It is killed while it writes 200 images, each twice, or when it moves 100 of them to their place."""
     path = write_csv(tmp_path / "fer2013.csv", [(3, TRAIN, row // 2) for row in range(200)])
-    script = ["unpack_fer_data.py", path, "--drop-duplicates", "--out-dir", out]
+    options = [str(path), "--drop-duplicates", "--emotions", *FIVE, "--out-dir"]
+    script = ["unpack_fer_data.py", *options, out]
     number = 200 + num_left + 1 if num_left else 20
     process = start(ROOT / "tests" / "stop_at.py", "SIGKILL", number, ".png", *script)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    main([str(path), "--drop-duplicates", "--out-dir", str(tmp_path / "fresh")])
+    main([*options, str(tmp_path / "fresh")])
     fresh = {
         file.relative_to(tmp_path / "fresh"): file.read_bytes() for file in (tmp_path / "fresh").rglob("*.*")
     }
@@ -814,13 +814,14 @@ print(code, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2))
 def test_the_whole_file_takes_less_than_600_megabytes_and_a_second_run_changes_nothing(out, real_data):
     # A process of its own measures: RUSAGE_CHILDREN covers all that this process has ever started.
     command = [sys.executable, "-c", MEASURE, SCRIPT, real_data / "fer2013.csv.xz", "--out-dir", out]
+    command += ["--emotions", *FIVE]
     stdouts, changes = [], []
     for _ in range(2):
         stdouts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         changes.append({path: path.stat().st_mtime_ns for path in out.rglob("*.png")})
     assert changes[0] == changes[1]
     assert read_table(stdouts[0]) == {
-        split: dict(zip([*EMOTIONS, "total"], [*counts, sum(counts)], strict=True))
+        split: dict(zip([*FIVE, "total"], [*counts, sum(counts)], strict=True))
         for split, counts in {
             "train": [3969, 435, 7186, 4795, 3161],
             "val": [466, 56, 891, 652, 414],
