@@ -794,6 +794,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     args, resumed = shared.parse_with_resume(parser, argv, stage="emotion", out_dir=OUT_DIR)
     if args.csv and not args.evaluate:
         parser.error("--csv is for --evaluate; leave it out")
+    if args.csv and args.csv.suffix.lower() != ".csv":
+        parser.error(f"--csv cannot write {args.csv}; name a file that ends in .csv")
     if args.evaluate and args.review:
         parser.error("--evaluate and --review are two tasks; ask for one")
     if not args.evaluate:

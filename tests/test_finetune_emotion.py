@@ -599,11 +599,19 @@ def test_faces_that_are_cut_already_are_learned_from(tmp_path, options, capsys):
     assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["classes"] == list(CLASSES)
 
 
-def test_a_table_without_evaluate_is_refused(options, capsys):
+@pytest.mark.parametrize(
+    ("added", "reason"),
+    [
+        (["--csv", "table.csv"], "--csv is for --evaluate"),
+        (["--csv", "table.xlsx", "--evaluate", "best.pt"], "--csv cannot write table.xlsx"),
+        (["--review", "--evaluate", "best.pt"], "--evaluate and --review are two tasks"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, added, reason, capsys):
     with pytest.raises(SystemExit) as stop:
-        finetune_emotion.main([*options, "--csv", "table.csv"])
+        finetune_emotion.main([*options, *added])
     assert stop.value.code == 2
-    assert "error: --csv is for --evaluate" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
 
 
 def test_evaluate_names_what_the_model_knows_where_it_knows_no_folder(tmp_path, fer_checkpoint):
