@@ -2381,6 +2381,25 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="FILE.html", help=report_help)
 
 
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a line on stderr if options do not go together, or name what is not written."""
+    if not (args.inputs or args.camera is not None or args.version or args.export):
+        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
+    if args.start >= args.end:
+        parser.error("--start must come before --end")
+    if args.summary == STDOUT:
+        parser.error("--summary - is not possible; name a file")
+    endings = {"csv": TABLES_END, "summary": TABLES_END, "report": PAGES_END}
+    for name, own in endings.items():
+        path = getattr(args, name)
+        if path and path.suffix.lower() in {*TABLES_END, *PAGES_END, *OTHERS_END} - {*own}:
+            parser.error(f"--{name} cannot write {path}; name a file that ends in {' or '.join(own)}")
+    if args.export and (args.inputs or args.emotions):
+        parser.error("--export writes all of --model and labels nothing; leave INPUT and --emotions out")
+    if args.json and args.csv == STDOUT:
+        parser.error("--json and --csv - would both go to standard output; name a file for --csv")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = shared.build_parser(__doc__)
@@ -2431,21 +2450,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--version", action="store_true", help="print the versions of what labels, and the model's hash")
     args = parser.parse_args(argv)
-    if not (args.inputs or args.camera is not None or args.version or args.export):
-        parser.error("name an INPUT or a --camera; an INPUT stands before --emotions and --blur")
-    if args.start >= args.end:
-        parser.error("--start must come before --end")
-    if args.summary == STDOUT:
-        parser.error("--summary - is not possible; name a file")
-    endings = {"csv": TABLES_END, "summary": TABLES_END, "report": PAGES_END}
-    for name, own in endings.items():
-        path = getattr(args, name)
-        if path and path.suffix.lower() in {*TABLES_END, *PAGES_END, *OTHERS_END} - {*own}:
-            parser.error(f"--{name} cannot write {path}; name a file that ends in {' or '.join(own)}")
-    if args.export and (args.inputs or args.emotions):
-        parser.error("--export writes all of --model and labels nothing; leave INPUT and --emotions out")
-    if args.json and args.csv == STDOUT:
-        parser.error("--json and --csv - would both go to standard output; name a file for --csv")
+    check_options(parser, args)
     return args
 
 
