@@ -872,11 +872,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     taken = {"largest_face": args.largest_face, "limit": args.limit}
     if args.evaluate or args.review:
         shared.leave_others()
-    build_finder = (lambda: None) if args.cropped else functools.partial(shared.FaceFinder, device)
+    make_finder = (lambda: None) if args.cropped else functools.partial(shared.FaceFinder, device)
     if args.evaluate:
-        classifier = shared.Classifier(args.evaluate, device, ["all"])
-        taken |= {"out_dir": args.out_dir, "csv_path": args.csv}
-        evaluate_photos(args.data_dir, classifier, build_finder(), **taken)
+        model = shared.Classifier(args.evaluate, device, ["all"])
+        evaluate_photos(args.data_dir, model, make_finder(), out_dir=args.out_dir, csv_path=args.csv, **taken)
         return
     found = shared.check_collections([args.data_dir])
     faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
@@ -890,7 +889,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], **taken)
-        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, build_finder()))
+        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, make_finder()))
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)
