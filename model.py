@@ -856,8 +856,8 @@ class FaceFinder:
 
     PNet proposes 12-pixel windows at every level of an image pyramid, RNet sifts them at 24 pixels, ONet
     decides at 48 and places five landmarks. What differs from facenet-pytorch, all of it for speed:
-    the pyramid is made of 8-bit pixels by a triangle filter, each level from one about twice as large,
-    not by averaging areas of the whole image; of neighbouring windows of a level only the peak proposes;
+    the pyramid is made of 8-bit pixels bilinearly, each level from one about twice as large, not by
+    averaging areas of the whole image; of neighbouring windows of a level only the peak proposes;
     RNet's crops come from the level where the face is about 24 pixels wide; candidates that overlap are
     merged once they are corrected, so that ONet sees a face once or twice and not a dozen times.
 
@@ -932,7 +932,7 @@ class FaceFinder:
         min_pixels = self.min_face_size
         if min_pixels < 1:
             min_pixels = max(min_pixels * size.min(), MIN_FACE_PIXELS)
-        scales, levels = _pyramid(images, PNET_WINDOW / min_pixels)
+        scales, levels = _pyramid([np.asarray(image) for image in images], PNET_WINDOW / min_pixels)
         boxes, probs, owners = self._propose(scales[1:], levels[1:])
         kept = _distinct(boxes, probs, owners)
         boxes, owners = boxes[kept], owners[kept]
@@ -951,12 +951,12 @@ class FaceFinder:
         return [Faces(*(part[kept[owners[kept] == i]] for part in faces)) for i in range(len(images))]
 
     def _propose(
-        self, scales: Sequence[float], levels: Sequence[Sequence[Image.Image]]
+        self, scales: Sequence[float], levels: Sequence[np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run PNet over the levels; return M squared boxes (M, 4), their probs (M,) and images (M,)."""
         proposals = [(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))]
         for scale, level in zip(scales, levels, strict=True):
-            shifts, probs = self._pnet(np.stack([np.asarray(image) for image in level]))
+            shifts, probs = self._pnet(level)
             owners, y, x = _peaks(probs[:, 1], MTCNN_THRESHOLDS[0])
             corners = 2 * np.stack([x, y], 1) + 1  # PNet's stride is 2
             windows = np.hstack([corners, corners + PNET_WINDOW - 1]) / scale
@@ -996,36 +996,60 @@ def _mtcnn_engine(name: str, size: int | None, device: torch.device | str, num_t
     return Engine(name.lower(), key, build, device, any_size=any_size, fast=is_fast, num_threads=num_threads)
 
 
-def _pyramid(images: Sequence[Image.Image], scale: float) -> tuple[list[float], list[Sequence[Image.Image]]]:
+def _pyramid(images: Sequence[np.ndarray], scale: float) -> tuple[list[float], list[np.ndarray]]:
     """Shrink N images of one size to `scale` and, step by step, down to PNet's window.
 
     A finer level comes first, from which RNet's crops of the smallest faces are cut.
 
     Returns:
-        The levels' scales, descending, and the levels, each of N images.
+        The levels' scales, descending, and the levels, uint8 (N, H, W, 3).
     """
-    width, height = images[0].size
-    scales = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)]
+    height, width = images[0].shape[:2]
+    scales, levels = [min(scale * RNET_SIZE / PNET_WINDOW, 1.0)], []
     while min(height, width) * scale >= PNET_WINDOW:
         scales.append(scale)
         scale *= MTCNN_FACTOR
-
-    def at_scale(image: Image.Image, scale: float) -> Image.Image:
+    for i, scale in enumerate(scales):
         size = (int(width * scale + 1), int(height * scale + 1)) if scale < 1 else (width, height)
-        return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1)
+        source = levels[max(i - 2, 0)] if i else images  # about twice as large
+        levels.append(np.stack([_shrink(image, size) for image in source]))
+    return scales, levels
 
-    def shrink(chain: tuple[Image.Image, int]) -> list[Image.Image]:
-        """Make every second level from the finest one on, each from the one before it."""
-        image, first = chain
-        return [image := at_scale(image, scale) for scale in scales[first::2]]
 
-    for image in images:
-        image.load()  # a file that is still to be decoded is not for two threads
-    finest = list(_threads().map(at_scale, images, itertools.repeat(scales[0])))
-    chains = list(_threads().map(shrink, [(image, first) for image in finest for first in (1, 2)]))
-    odd, even = (zip(*chains[first::2], strict=True) for first in (0, 1))
-    levels = [finest, *(level for pair in itertools.zip_longest(odd, even) for level in pair)]
-    return scales, levels[: len(scales)]
+@functools.cache
+def _opencv() -> ModuleType | None:
+    """Import OpenCV; None where it does not load, for want of a screen's libraries, and Pillow stands in."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    return cv2
+
+
+def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize pixels, uint8 (H, W, 3), to a width and height, filtered by a triangle or what is nearly one."""
+    cv2 = _opencv()
+    if not cv2:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    while pixels.shape[1] >= 2 * size[0] and pixels.shape[0] >= 2 * size[1]:
+        pixels = cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2))
+    ratio = pixels.shape[1] / size[0]
+    if ratio > 1:  # to the variance of the triangle, in pixels, the resizing adds a sixth
+        pixels = cv2.GaussianBlur(pixels, (3, 3), ((ratio**2 - 1) / 6) ** 0.5)
+    return cv2.resize(pixels, size)
+
+
+def _cut(pixels: np.ndarray, region: np.ndarray, side: int) -> np.ndarray:
+    """Cut a region (4,) xyxy, out of pixels, uint8 (H, W, 3), about as large: (side, side, 3)."""
+    cv2, start = _opencv(), region[:2]
+    if not cv2:
+        x0, y0, x1, y1 = *np.floor(start).astype(int), *np.ceil(region[2:]).astype(int)
+        image, box = Image.fromarray(pixels[y0:y1, x0:x1]), region - (x0, y0, x0, y0)
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, tuple(box)))
+    step = (region[2:] - start) / side
+    matrix = np.column_stack([np.diag(step), start + step / 2 - 0.5])  # from the crop's pixels to these
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(pixels, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1045,19 +1069,18 @@ def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
 
 
 def _level_crops(
-    levels: Sequence[Sequence[Image.Image]], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray
+    levels: Sequence[np.ndarray], owners: np.ndarray, boxes: np.ndarray, image_size: np.ndarray
 ) -> np.ndarray:
     """Cut M boxes out of a pyramid, each where its side is nearest RNet's: uint8 (M, 24, 24, 3)."""
     regions = _inside(boxes, image_size)
     sides = (regions[:, 2:] - regions[:, :2]).max(1)
-    scales = np.array([images[0].size for images in levels]) / image_size  # (levels, 2)
+    scales = np.array([level.shape[2:0:-1] for level in levels]) / image_size  # (levels, 2)
     is_fine_enough = sides[:, None] * scales[:, 0] >= RNET_SIZE * MTCNN_FACTOR**0.5
     chosen = (is_fine_enough.sum(1) - 1).clip(0)
-    regions = (regions * np.tile(scales[chosen], 2)).tolist()
+    regions *= np.tile(scales[chosen], 2)
     crops = np.empty((len(boxes), RNET_SIZE, RNET_SIZE, 3), np.uint8)
-    for i, (level, owner) in enumerate(zip(chosen.tolist(), owners.tolist(), strict=True)):
-        size, image = (RNET_SIZE, RNET_SIZE), levels[level][owner]
-        crops[i] = image.resize(size, Image.Resampling.BILINEAR, regions[i])
+    for i, (level, owner) in enumerate(zip(chosen, owners, strict=True)):
+        crops[i] = _cut(levels[level][owner], regions[i], RNET_SIZE)
     return crops
 
 
