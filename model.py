@@ -1039,17 +1039,20 @@ def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(pixels, size)
 
 
-def _cut(pixels: np.ndarray, region: np.ndarray, side: int) -> np.ndarray:
-    """Cut a region (4,) xyxy, out of pixels, uint8 (H, W, 3), about as large: (side, side, 3)."""
-    cv2, start = _opencv(), region[:2]
+def _cut(pixels: np.ndarray, region: Sequence[float], side: int) -> np.ndarray:
+    """Cut a region, xyxy, out of pixels, uint8 (H, W, 3), which is about as large: (side, side, 3)."""
+    left, top, right, bottom = region
+    x, y = max(int(left) - 1, 0), max(int(top) - 1, 0)
+    pixels = pixels[y : int(bottom) + 2, x : int(right) + 2]  # OpenCV takes no side of more than 32,766
+    left, top, right, bottom = left - x, top - y, right - x, bottom - y
+    cv2, size = _opencv(), (side, side)
     if not cv2:
-        x0, y0, x1, y1 = *np.floor(start).astype(int), *np.ceil(region[2:]).astype(int)
-        image, box = Image.fromarray(pixels[y0:y1, x0:x1]), region - (x0, y0, x0, y0)
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, tuple(box)))
-    step = (region[2:] - start) / side
-    matrix = np.column_stack([np.diag(step), start + step / 2 - 0.5])  # from the crop's pixels to these
+        image = Image.fromarray(pixels)
+        return np.asarray(image.resize(size, Image.Resampling.BILINEAR, (left, top, right, bottom)))
+    dx, dy = (right - left) / side, (bottom - top) / side
+    matrix = np.array([[dx, 0, left + dx / 2 - 0.5], [0, dy, top + dy / 2 - 0.5]])  # from the crop's pixels
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(pixels, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(pixels, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1077,7 +1080,7 @@ def _level_crops(
     scales = np.array([level.shape[2:0:-1] for level in levels]) / image_size  # (levels, 2)
     is_fine_enough = sides[:, None] * scales[:, 0] >= RNET_SIZE * MTCNN_FACTOR**0.5
     chosen = (is_fine_enough.sum(1) - 1).clip(0)
-    regions *= np.tile(scales[chosen], 2)
+    regions = (regions * np.tile(scales[chosen], 2)).tolist()
     crops = np.empty((len(boxes), RNET_SIZE, RNET_SIZE, 3), np.uint8)
     for i, (level, owner) in enumerate(zip(chosen, owners, strict=True)):
         crops[i] = _cut(levels[level][owner], regions[i], RNET_SIZE)

@@ -99,6 +99,15 @@ def test_finds_facenets_faces_on_real_photos(finder, real_data):
     assert num_ours <= 1.02 * num_sure
 
 
+@pytest.mark.slow
+def test_a_face_at_the_end_of_a_long_panorama_is_found(finder, sample, faces):
+    """OpenCV cuts nothing out of an image with a side of 32,767 pixels or more."""
+    panorama = Image.new("RGB", (40_000, sample.height))
+    panorama.paste(sample, (40_000 - sample.width, 0))
+    shares = overlap_shares(faces.boxes + [40_000 - sample.width, 0] * 2, finder.find(panorama).boxes)
+    assert (shares.max(1) > 0.8).all()
+
+
 def test_default_size_finds_the_small_faces_of_groups(real_data):
     finder = shared.FaceFinder()
     assert len(finder.find(load(real_data / "photos" / "18f_roth-selfie.jpg")).boxes) >= 34
