@@ -3085,11 +3085,13 @@ def _as_options(config: dict) -> Iterator[str]:
     """Write options, of `plain_config`, as on a command line, so that argparse checks them."""
     for name, value in config.items():
         option = f"--{str(name).replace('_', '-')}"
-        if isinstance(value, list) and value:
+        if value == []:
+            yield f"--no-{option[2:]}"  # where there is no such option, the default is empty
+        elif isinstance(value, list):
             yield from (option, *map(str, value))
         elif value is True:
             yield option
-        elif value is not None and value is not False and value != []:
+        elif value is not None and value is not False:
             yield f"{option}={value}"
 
 

@@ -528,6 +528,16 @@ def test_resuming_a_finished_run_draws_back_no_further(tmp_path, mixed):
     assert all(value.equal(again["model"][name]) for name, value in best["model"].items())
 
 
+def test_a_run_without_rehearsal_is_resumed_without(tmp_path, fer_dir, options, monkeypatch):
+    (tmp_path / "data").mkdir()
+    fer_dir.rename(tmp_path / finetune_emotion.FER_DIR)
+    monkeypatch.chdir(tmp_path)
+    finetune_emotion.main(options)
+    finetune_emotion.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2"])
+    assert not (tmp_path / "run" / "undrawn.pt").exists()
+    assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["config"]["mix"] == []
+
+
 def test_a_model_that_forgot_fer_is_not_called_best(tmp_path, mixed, monkeypatch):
     monkeypatch.setattr(finetune_emotion, "BLENDS", ())  # as if none of them went back far enough
     with pytest.raises(SystemExit, match="none is called best"):
