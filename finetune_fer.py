@@ -222,7 +222,7 @@ def report_split(
     Faces that stand in no other split, and those whose label is sure, are also judged apart.
 
     Returns:
-        Of the default classes, C of them: probs (N, C) and labels (N,).
+        Of the default classes, C of them: probs (N, C) and labels (N,). If N is 0, they have no report.
     """
     import torch
 
@@ -249,6 +249,8 @@ def report_split(
         sets[f"{title}_all"] = "temperature_all", list(range(len(classes)))
     for name, (temperature, chosen) in sets.items():
         shown, labels = shared.among(logits, faces.labels, chosen)
+        if not len(labels):
+            continue
         both, _ = shared.among(logits + mirrored, faces.labels, chosen)
         accuracy = (both.argmax(1) == labels).float().mean()
         print(f"{name}: accuracy {accuracy:.2%} averaged over mirror images, at twice the cost")
@@ -292,6 +294,7 @@ def report_collections(
         judged[f"{name} {split}"] = report_split(
             collections[name].folder, out_dir, checkpoint, split, title=title, **options
         )
+    judged = {name: (probs, labels) for name, (probs, labels) in judged.items() if len(labels)}
     if out_dir and len(judged) > 1:
         path = out_dir / f"{split}_reliability_by_collection.png"
         shared.plot_reliability(judged, path)

@@ -2547,7 +2547,14 @@ def fit_classifier(
         train: its targets are shares of `run.classes`, (n, C), or (n, H, C) for H heads.
         val, parent: see `judge_collections`.
         label_smoothing: see `soft_cross_entropy`.
+
+    Raises:
+        ValueError: no val face is of a default class; or as `fit`.
     """
+    held_out = {run.classes[label] for faces in val.values() for label in faces.labels.unique().tolist()}
+    if held_out.isdisjoint(run.default_classes):
+        wanted = " ".join(run.default_classes)
+        raise ValueError(f"no val face is of {wanted}, to judge by; add some, or choose other --emotions")
     criterion = functools.partial(soft_cross_entropy, label_smoothing=label_smoothing)
     validate = functools.partial(judge_collections, sets=val, run=run, parent=parent)
 

@@ -446,6 +446,30 @@ def test_other_collections_are_learned_beside_fer(tmp_path, fer_dir, options, ca
         assert picture.width > 1.5 * picture.height  # FER's test faces, and the web's: a column each
 
 
+def test_a_collection_without_default_classes_is_reported_with_all_classes_alone(tmp_path, options, capsys):
+    web, out_dir = make_faces(tmp_path / "web", 40, ("fearful", "neutral")), tmp_path / "run"
+    mix = ["--mix", str(web), "--epochs", "1"]
+    finetune_fer.main([*options, *mix, "--out-dir", str(out_dir)])
+    trained = capsys.readouterr().out
+    assert "test_web_all: accuracy" in trained
+    assert "nan" not in trained
+    assert not (out_dir / "test_web.json").exists()
+    assert not (out_dir / "test_reliability_by_collection.png").exists()  # it would be FER's alone
+    finetune_fer.main(["--data-dir", str(web), "--evaluate", str(out_dir / "best.pt")])
+    evaluated = capsys.readouterr().out.replace("test_all", "test_web_all").splitlines()
+    assert len(evaluated) == 11
+    assert set(evaluated) <= set(trained.splitlines())
+
+
+def test_val_faces_of_no_default_class_are_a_mistake_before_training(tmp_path, fer_dir, options):
+    make_faces(fer_dir / "train", 16, ("fearful", "neutral"))
+    shutil.rmtree(fer_dir / "val")
+    make_faces(fer_dir / "val", 4, ("fearful", "neutral"))
+    with pytest.raises(SystemExit, match="no val face is of angry disgusted happy sad surprised"):
+        finetune_fer.main([*options, "--out-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("collection", "message"),
     [
