@@ -2898,12 +2898,20 @@ def _flush_stdout() -> None:
         raise OSError(f"cannot write to standard output: {error.strerror}") from None
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Return whether an error is that there is too little memory; torch has no type of its own for it."""
+    text = str(error).lower()
+    is_torchs = isinstance(error, RuntimeError) and ("alloc" in text or "out of memory" in text)
+    return is_torchs or isinstance(error, MemoryError)
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorate a script's `main`: a user's mistake becomes one line on stderr, not a traceback.
 
     ValueError and OSError (their message names the thing, the expectation and the remedy) end with exit
-    code 1, and so does a stdout that takes no more, silently if its reader has enough; Ctrl-C ends with 130.
-    Of several processes that fail by one mistake, or by the end of another, the first is heard.
+    code 1, and so do too little memory, and a stdout that takes no more, silently if its reader has enough;
+    Ctrl-C ends with 130. Of several processes that fail by one mistake, or by the end of another, the first
+    is heard.
     """
 
     @functools.wraps(main)
@@ -2918,14 +2926,17 @@ def one_line_errors(main: Callable) -> Callable:
         except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except Exception as error:
-            is_mistake = isinstance(error, ValueError | OSError)
+            is_mistake, message = isinstance(error, ValueError | OSError), printable(error)
+            if lacks_memory(error):
+                remedy = "training takes less with a smaller --batch-size or --limit"
+                is_mistake, message = True, f"this takes more memory than there is; {remedy}"
             rank, world = place()
             if rank or (world > 1 and not is_mistake):
                 time.sleep(GRACE)  # torchrun ends this process, unless it is the first to fail
                 sys.stderr = sys.__stderr__
             if not is_mistake:
                 raise
-            sys.exit(f"error: {printable(error)}")
+            sys.exit(f"error: {message}")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -786,12 +786,19 @@ def test_weights_too_large_for_a_probability_are_one_line(tmp_path, load_network
 # --- command line ---
 
 
-def test_one_line_errors_lets_bugs_through():
+@pytest.mark.parametrize("kind", [TypeError, RuntimeError])
+def test_one_line_errors_lets_bugs_through(kind):
     def bug(argv):
-        raise TypeError("a bug")
+        raise kind("a bug")
 
-    with pytest.raises(TypeError):
+    with pytest.raises(kind):
         shared.one_line_errors(bug)()
+
+
+@pytest.mark.parametrize("take", [torch.empty, np.empty, bytearray])
+def test_too_little_memory_is_one_line_with_a_remedy(take):
+    with pytest.raises(SystemExit, match=r"^error: .* more memory than there is; .* --batch-size"):
+        shared.one_line_errors(lambda _: take(2**50))()
 
 
 PRINT = """
