@@ -59,7 +59,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, NoReturn, TextIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -524,10 +524,8 @@ def open_picture(
             if draft:
                 image.draft(None, (draft, draft))
             image.load()
-            image.getexif()  # Pillow remembers it; taken out of `info`, it is not rewritten, which may fail
-            image.info = {name: image.info[name] for name in KEPT_INFO if name in image.info}
+            _turn(image, image.getexif())  # a copy would take as long as reading
             profile, file_format = image.info.get("icc_profile") or b"", image.format
-            ImageOps.exif_transpose(image, in_place=True)  # a copy would take as long as reading
             picture = _in_mode(image, mode)
     except UnidentifiedImageError:
         with path.open("rb") as file:
@@ -544,6 +542,16 @@ def open_picture(
     picture.format = file_format
     picture.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}  # its colour space field
     return picture
+
+
+def _turn(image: Image.Image, exif: Image.Exif) -> None:
+    """Turn an image upright by an EXIF, in place; its own is lost, as is what KEPT_INFO does not name.
+
+    Pillow would rewrite it, and fail if it is damaged.
+    """
+    image.info = {name: image.info[name] for name in KEPT_INFO if name in image.info}
+    image.getexif()[ExifTags.Base.Orientation] = exif.get(ExifTags.Base.Orientation, 1)
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -2831,7 +2839,9 @@ def as_image(image: Path | str | Image.Image | np.ndarray, *, bgr: bool = False)
     if isinstance(image, str | Path):
         return load_photo(image)
     if isinstance(image, Image.Image):
-        return _in_mode(ImageOps.exif_transpose(image), "RGB")
+        upright = image.copy()
+        _turn(upright, image.getexif())
+        return _in_mode(upright, "RGB")
     wanted = "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 in 0-255 or float in 0-1"
     if not isinstance(image, np.ndarray):
         raise ValueError(f"got {type(image).__name__}, expected a path, a PIL image or an array")

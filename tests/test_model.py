@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import zipfile
 from pathlib import Path
@@ -162,6 +163,24 @@ def test_open_picture_names_what_it_does_not_read(tmp_path, content, reason, wor
         shared.open_picture(path)
     assert error.value.reason == reason
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128])  # a width, a resolution and its unit, as text
+def test_as_image_turns_an_open_picture_upright_whatever_else_its_exif_says(tmp_path, tag):
+    entries = struct.pack("<HHHIHHHHI4s", 2, 0x0112, 3, 1, 6, 0, tag, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + bytes(4)
+    picture = Image.radial_gradient("L").resize((60, 40), box=(0, 0, 200, 90)).convert("RGB")
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        upright = shared.as_image(opened)
+        assert opened.info["exif"] == exif
+        np.testing.assert_array_equal(np.asarray(opened.rotate(270, expand=True)), np.asarray(upright))
+    assert upright.tobytes() == shared.as_image(tmp_path / "turned.jpg").tobytes()
+    sound = Image.Exif()
+    sound[0x0112] = 6
+    picture.save(tmp_path / "turned.tif", exif=sound)  # the only format that keeps it elsewhere
+    with Image.open(tmp_path / "turned.tif") as opened:
+        assert shared.as_image(opened).size == (40, 60)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
