@@ -71,26 +71,30 @@ def pick_classes(learned: Sequence[str], wanted: Sequence[str] | None) -> Sequen
     return kept
 
 
-def load_votes(path: Path, faces: Sequence[Path], classes: Sequence[str]) -> Tensor:
+def load_votes(path: Path, faces: Sequence[Path], labels: Tensor, classes: Sequence[str]) -> Tensor:
     """Read FER+'s votes from unpack_fer_data.py's votes.csv, (N, C) float32; without a file they are 0.
+
+    They are 0 too for a class that the file lacks, which nobody could vote for.
 
     Args:
         faces: N images, named after the rows of FER's table.
+        labels: (N,), indices of the classes.
 
     Raises:
-        ValueError: a row or a class is not in the file, or a row is malformed.
+        ValueError: a face's row or class is not in the file, or a row is malformed.
     """
     import torch
 
     def parse(cells: dict[str, str]) -> tuple[int, list[float]]:
-        counts = [float(cells[name]) for name in classes]
+        counts = [float(cells.get(name, 0)) for name in classes]
         if not all(0 <= count < math.inf for count in counts):
             raise ValueError(f"row {cells['row'][:20]} has votes that are no numbers of people")
         return int(cells["row"]), counts
 
     if not path.exists():
         return torch.zeros(len(faces), len(classes))
-    rows = shared.read_table(path, {"row", *classes}, parse, "what unpack_fer_data.py writes of FER+'s votes")
+    columns = {"row", *(classes[label] for label in labels.tolist())}
+    rows = shared.read_table(path, columns, parse, "what unpack_fer_data.py writes of FER+'s votes")
     votes = dict(rows)
     missing = [face.stem for face in faces if not face.stem.isdecimal() or int(face.stem) not in votes]
     if missing or len(votes) < len(rows):
@@ -108,7 +112,7 @@ def load_split(
         ValueError: it has no images, or votes.csv does not fit.
     """
     images, labels, paths = shared.load_faces(folder, split, classes, limit=limit, **sizes)
-    return Split(images, labels, load_votes(folder / "votes.csv", paths, classes))
+    return Split(images, labels, load_votes(folder / "votes.csv", paths, labels, classes))
 
 
 def mix_targets(labels: Tensor, votes: Tensor, weight: float) -> Tensor:

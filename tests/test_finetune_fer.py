@@ -262,7 +262,17 @@ def test_votes_that_are_no_numbers_are_refused_with_their_row(tmp_path, cell, wo
     path = tmp_path / "votes.csv"
     path.write_text(f"row,happy,sad\n0,1,2\n1,{cell},2\n")
     with pytest.raises(ValueError, match=f"{path} is not .*, {words}"):
-        finetune_fer.load_votes(path, [Path("00000.png")], ["happy", "sad"])
+        finetune_fer.load_votes(path, [Path("00000.png")], torch.tensor([0]), ["happy", "sad"])
+
+
+def test_a_class_that_nobody_could_vote_for_has_no_votes(tmp_path):
+    """It may be another collection's. Votes that lack a face's own class are of other classes altogether."""
+    path, faces, classes = tmp_path / "votes.csv", [Path("00001.png")], ["contempt", "happy", "sad"]
+    path.write_text("row,sad,happy\n0,1,2\n1,3,7\n")
+    votes = finetune_fer.load_votes(path, faces, torch.tensor([1]), classes)
+    assert votes.tolist() == [[0, 7, 3]]
+    with pytest.raises(ValueError, match=f"{path} is not .*, line 1: it lacks contempt"):
+        finetune_fer.load_votes(path, faces, torch.tensor([0]), classes)
 
 
 def test_mix_targets_weighs_votes_and_falls_back_on_the_label():
