@@ -843,7 +843,7 @@ def train_on(
         return results
 
     device = val["photos"].device
-    run.start(net, device, sizes, is_resumed=resume is not None)
+    run.start(net, device, sizes, resume=resume)
     start = {name: value.clone() for name, value in net.state_dict().items()}
     before = judged(net, parent["temperature"])
     how = {"schedule": schedule, "label_smoothing": label_smoothing, "parent": parent, "resume": resume}

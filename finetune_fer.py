@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         shares = {"vote_weight": args.vote_weight, "teacher_weight": args.teacher_weight}
         faces = training_set(train, collections, learned, device, teachers=args.teachers or (), **shares)
-        run.start(net, device, describe(train, val, learned, parent), is_resumed=resumed is not None)
+        run.start(net, device, describe(train, val, learned, parent), resume=resumed)
         options = {"batch_size": args.batch_size, "image_size": args.image_size, "device": device}
         best = shared.fit_classifier(
             net,

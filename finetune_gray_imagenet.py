@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config=shared.plain_config(vars(args)),
         )
         sizes = {"train": f"{len(train)} images", "val": f"{len(val)} images"}
-        run.start(student, device, sizes, is_resumed=resumed is not None)
+        run.start(student, device, sizes, resume=resumed)
 
         def criterion(embeddings: Tensor, colors: Tensor) -> Tensor:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):

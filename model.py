@@ -2181,23 +2181,33 @@ class Run:
     config: dict  # the options, see `plain_config`
     best_name: str = "best.pt"
 
-    def start(self, net: nn.Module, device: torch.device, data: dict[str, str], *, is_resumed: bool) -> None:
+    def start(
+        self, net: nn.Module, device: torch.device, data: dict[str, str], *, resume: dict | None
+    ) -> None:
         """Make the folder and print on what, with what and how the run trains.
 
         Args:
             data: what there is to learn from, in words.
+            resume: the checkpoint to go on from.
 
         Raises:
             ValueError: the folder holds another run, and this is not its resumption; or it lacks the best
-                checkpoint of the run to resume; or a class has a name that no checkpoint may have.
+                checkpoint of the run to resume, or that one learned other classes; or a class has a name that
+                no checkpoint may have.
         """
         import torch
 
         check_classes(self.classes)
         last, best = self.out_dir / "last.pt", self.out_dir / self.best_name
-        if is_resumed and not best.exists():
+        if resume and list(resume["classes"]) != list(self.classes):
+            learned, there = ", ".join(resume["classes"]), ", ".join(self.classes)
+            raise ValueError(
+                f"the run to resume learned {learned}, but now there are {there}; name the folders as they "
+                "were, or train anew"
+            )
+        if resume and not best.exists():
             raise ValueError(f"{best} is not there, the best epoch so far; put it back, or train anew")
-        if last.exists() and not is_resumed:
+        if last.exists() and not resume:
             raise ValueError(
                 f"{self.out_dir} holds another run; go on with --resume {last}, choose another --out-dir, "
                 "or delete it"

@@ -128,6 +128,15 @@ def test_resuming_with_other_weights_is_a_mistake(tmp_path, options, changed):
         finetune_fer.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2", *changed])
 
 
+def test_resuming_with_other_classes_is_a_mistake(tmp_path, fer_dir, options):
+    finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), "--epochs", "1"])
+    for split in shared.SPLITS:
+        (fer_dir / split / "angry").rename(fer_dir / split / "upset")
+    before = "angry, disgusted, happy, sad, surprised"
+    with pytest.raises(SystemExit, match=f"learned {before}, .* disgusted, happy, sad, surprised, upset; "):
+        finetune_fer.main(["--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2"])
+
+
 def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
     last = tmp_path / "run" / "last.pt"
     finetune_fer.main([*options, "--out-dir", str(last.parent), "--epochs", "1"])
