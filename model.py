@@ -1378,7 +1378,8 @@ def parse_collections(texts: Sequence[str]) -> dict[str, Collection]:
             raise ValueError(
                 f"{text} is no collection of faces, expected DIR or DIR=WEIGHT, a number"
             ) from None
-        if not collection.folder.is_dir() or not 0 < collection.weight < math.inf:
+        is_folder = folder and collection.folder.is_dir()  # without a name it would be the current one
+        if not is_folder or not 0 < collection.weight < math.inf:
             raise ValueError(f"{text} is no collection of faces, expected a folder and a weight above 0")
         name = collection.folder.resolve().name
         if name in collections:

@@ -496,6 +496,7 @@ def test_val_faces_of_no_default_class_are_a_mistake_before_training(tmp_path, f
         ("FER", "have one name"),
         ("FER=much", "DIR or DIR=WEIGHT"),
         ("FER=0", "above 0"),
+        ("=2", "=2 is no collection of faces, expected a folder"),  # of a variable that is unset
     ],
 )
 def test_a_collection_that_is_none_is_one_line(tmp_path, fer_dir, options, collection, message):
