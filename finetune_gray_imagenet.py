@@ -32,9 +32,11 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
     """Build the colour ResNet with ImageNet weights: a local state dict, else torchvision's download.
 
     Raises:
-        ValueError: the file does not fit the architecture, or there is nothing to download for it.
+        ValueError: the file does not fit the architecture, or there is nothing to download for it, or the
+            download is damaged.
         FileNotFoundError: there is no such file.
     """
+    import torch
     import torchvision
 
     if weights_path is None:
@@ -45,6 +47,12 @@ def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
         except OSError as error:
             raise ValueError(
                 f"could not download the weights of {arch} ({error}); give them with --teacher-weights FILE"
+            ) from None
+        except Exception:  # a wrong hash, or of the dozen types that torch raises for a damaged file
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            raise ValueError(
+                f"what torchvision downloaded into {folder} is not the weights of {arch}; delete it and try "
+                "again, or give them with --teacher-weights FILE"
             ) from None
     if not weights_path.is_file():
         raise FileNotFoundError(f"there is no weights file {weights_path}; expected a state dict of a {arch}")

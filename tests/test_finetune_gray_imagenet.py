@@ -111,6 +111,25 @@ def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, mo
     assert teacher.fc.weight.equal(weights["fc.weight"])
 
 
+@pytest.mark.parametrize("broken", ["off", "empty", "page", "list", "other", "on its way"])
+def test_a_broken_download_of_the_teacher_is_one_line(tmp_path, monkeypatch, broken):
+    """What is there already is not looked at before it is loaded; what comes has to have the right hash."""
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    kept, got = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1], tmp_path / "got.pth"
+    kept.parent.mkdir(parents=True)
+    path = got if broken == "on its way" else kept
+    torch.save([1] if broken == "list" else {"fc.bias": torch.ones(1000)}, path)
+    if broken in {"off", "empty"}:
+        os.truncate(path, 500 if broken == "off" else 0)
+    elif broken == "page":
+        path.write_text("<html>\n")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    urlopen = torch.hub.urlopen
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: urlopen(got.as_uri()))
+    with pytest.raises(ValueError, match=f"{kept.parent} is not the weights of resnet18; delete it and"):
+        load_teacher("resnet18", None)
+
+
 def test_two_unreadable_pictures_stop_a_small_run_and_what_macos_writes_does_not(
     tmp_path, photos_dir, teacher_path, capsys
 ):
