@@ -756,6 +756,7 @@ def _openvino_engine(
     try:
         compiled, notes = compile_kept()
     except (OSError, RuntimeError, ValueError, LookupError):  # not there, damaged, or in reach of others
+        shutil.rmtree(folder, ignore_errors=True)
         blueprint = build()
         notes = {**blueprint.notes, "digest": digest}
         model = _convert(blueprint, any_size)
@@ -827,8 +828,12 @@ def _keep(model: openvino.Model, folder: Path) -> None:  # noqa: F821
         openvino.save_model(model, temporary / "network.xml", compress_to_fp16=False)
         for path in temporary.iterdir():
             path.chmod(0o600)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            is_there = error.errno in {errno.ENOTEMPTY, errno.EEXIST}  # another process has kept it meanwhile
+            if not is_there:
+                raise
     with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
         ages = {path: time.time() - path.stat().st_mtime for path in folder.parent.iterdir()}
         num_kept = Counter()

@@ -358,6 +358,23 @@ def test_cache_that_cannot_be_written_is_one_line_and_no_error(faces, sample, ca
     assert capsys.readouterr().err == line
 
 
+def test_what_another_process_keeps_meanwhile_is_left_and_no_error(cache, capsys):
+    pytest.importorskip("openvino", reason=NO_OPENVINO)
+    kept = []
+
+    def build():
+        return shared.Blueprint(Small(), torch.zeros(2, 24, 24, 3, dtype=torch.uint8), {})
+
+    def build_slowly():
+        shared.Engine("small", b"", build, "cpu")  # as the other does
+        kept.extend((path, path.stat().st_ino) for path in cache.glob("small-*"))
+        return build()
+
+    shared.Engine("small", b"", build_slowly, "cpu")
+    assert [(path, path.stat().st_ino) for path in cache.iterdir()] == kept
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.slow
 def test_a_user_without_a_home_can_detect(start, sample_photo, tmp_path):
     pytest.importorskip("openvino", reason=NO_OPENVINO)
