@@ -2753,7 +2753,7 @@ class Classifier:
         size = self.image_size
         images = np.empty((len(crops), size, size, 1), np.float32)
         for i, crop in enumerate(crops):  # as normalize_faces, which trained it, resizes: not rounded
-            gray = crop.convert("L").convert("F")
+            gray = _in_mode(crop, "L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
         logits = logits[:, self._columns] / self.temperature

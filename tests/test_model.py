@@ -792,6 +792,18 @@ def test_predict_is_one_answer_a_face_whatever_the_batch(finder, classifier, sam
     assert classifier.predict(image, boxes[:0]).shape == (0, 5)
 
 
+def test_predict_crops_takes_any_mode(classifier, sample_photo):
+    """Each is the same gray face. 16 bits are scaled, not clipped."""
+    with Image.open(sample_photo) as file:
+        face = file.convert("L").crop((60, 60, 400, 400))
+    deep = np.asarray(face).astype(np.uint16) * 257
+    crops = [face, *(face.convert(mode) for mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"))]
+    crops += [Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))]
+    assert {crop.mode for crop in crops} >= {"I;16", "I"}
+    probs = classifier.predict_crops(crops)
+    assert np.abs(probs - probs[0]).max() < 0.02  # bfloat16 on some CPUs; a clipped face is white
+
+
 def test_weights_too_large_for_a_probability_are_one_line(tmp_path, load_networks_anew):
     path = write_checkpoint(tmp_path / "huge.pt", shared.gray_resnet(ARCH, 2), ("happy", "sad"))
     checkpoint = torch.load(path, weights_only=True)
