@@ -863,7 +863,7 @@ def train_on(
 @shared.one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Cut the faces, train, and report on the held-out faces before and after; or review or judge labels."""
-    shared.join_others(is_quiet=True)
+    rank, _ = shared.join_others(is_quiet=True)
     args, resumed = parse_args(argv)
     import torch
 
@@ -889,7 +889,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
         cut = functools.partial(cut_photos, margin=parent["crop_margin"], **taken)
-        records = shared.from_first(lambda: cut(args.data_dir, faces_dir, found, make_finder()))
+        records = shared.gather(None if rank else cut(args.data_dir, faces_dir, found, make_finder()))[0]
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)

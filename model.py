@@ -178,11 +178,6 @@ def gather(value: object) -> list:
     return values
 
 
-def from_first(make: Callable[[], object]) -> object:
-    """Return in all processes what `make` returns in the first; in the others it is not called."""
-    return gather(None if place()[0] else make())[0]
-
-
 def leave_others() -> None:
     """Go on alone: all processes but the first end here."""
     rank, world = place()
