@@ -42,9 +42,8 @@ OUT_DIR = Path("runs/fer")
 SURE_VOTES = 6  # of FER+'s ten; chosen here, a majority that no two other opinions can match
 FEW_FACES = 1000  # chosen here: from 100 and 300 faces, stage 5 learned more
 TEACHER_BATCH = 512  # faces at once, enough to fill a GPU
-COMMON_SHARE = (
-    0.5  # of a face's weight in the loss, for the common head; the collection's own head has the rest
-)
+# Of a face's weight in the loss, for the common head; the collection's own head has the rest.
+COMMON_SHARE = 0.5
 
 
 class Split(NamedTuple):

@@ -1710,18 +1710,18 @@ def among(logits: Tensor, labels: Tensor, chosen: Sequence[int]) -> tuple[Tensor
     """Return logits (n, len(chosen)) and labels (n,) of the faces that are of the chosen classes alone."""
     import torch
 
-    place = torch.full((logits.shape[1],), -1)
-    place[list(chosen)] = torch.arange(len(chosen))
-    is_chosen = place[labels] >= 0
-    return logits[is_chosen][:, list(chosen)], place[labels[is_chosen]]
+    columns = torch.full((logits.shape[1],), -1)  # of the classes in what is returned
+    columns[list(chosen)] = torch.arange(len(chosen))
+    is_chosen = columns[labels] >= 0
+    return logits[is_chosen][:, list(chosen)], columns[labels[is_chosen]]
 
 
-def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], parent: float) -> float:
+def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], fallback: float) -> float:
     """Find the temperature that minimises the cross-entropy of logits divided by it, within 0.5-5.
 
     Args:
         sets: logits (N, C) and labels (N,) of each collection; all count alike, whatever their size.
-        parent: what the network that training began with has; returned if there are under ENOUGH faces.
+        fallback: what is returned if there are under ENOUGH faces.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks".
     """
@@ -1730,7 +1730,7 @@ def fit_temperature(sets: Iterable[tuple[Tensor, Tensor]], parent: float) -> flo
 
     sets = [(logits, labels) for logits, labels in sets if len(labels)]
     if sum(len(labels) for _, labels in sets) < ENOUGH:
-        return parent
+        return fallback
 
     def loss(log_temperature: float) -> float:
         scale = math.exp(-log_temperature)
@@ -2526,7 +2526,7 @@ def judge_collections(
 
     Args:
         sets: by collection; labels are indices of `run.classes`.
-        parent: the checkpoint that training began with, see `fit_temperature`.
+        parent: the checkpoint that training began with, whose temperatures stay if faces are too few.
     """
     chosen = [run.classes.index(name) for name in run.default_classes]
     outputs = {name: evaluate(net, faces.eval()) for name, faces in sets.items()}
@@ -2595,7 +2595,7 @@ EXPORTED = (".onnx", ".xml")  # suffixes; the second is OpenVINO's form, with it
 LICENCE = "as the training faces allow; those of the shipped model: non-commercial research"
 
 
-def draw_up(path: Path) -> Blueprint:
+def read_trained(path: Path) -> Blueprint:
     """Return the blueprint of a checkpoint's classifier: gray faces (N, S, S, 1), 0-255, to logits (N, C)."""
     import torch
 
@@ -2616,7 +2616,7 @@ def export_network(path: Path, destination: Path, written_by: str = "") -> None:
     lacking = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if destination.suffix == ".onnx" and lacking:
         raise ValueError("to export ONNX takes two packages more; pip install onnx onnxscript")
-    blueprint = draw_up(path)
+    blueprint = read_trained(path)
     about = json.dumps({**blueprint.notes, "licence": LICENCE, "written_by": written_by})
     if destination.suffix == ".onnx":
         import torch
@@ -2653,8 +2653,8 @@ def read_exported(path: Path) -> Blueprint:
     openvino = load_openvino()
     try:
         model = openvino.Core().read_model(path)
-        place = ["framework"] if path.suffix == ".onnx" else []
-        notes = json.loads(model.get_rt_info([*place, "emotion_detector"]).value)
+        parents = ["framework"] if path.suffix == ".onnx" else []
+        notes = json.loads(model.get_rt_info([*parents, "emotion_detector"]).value)
         notes = {name: notes[name] for name in NOTES}
         _check_values(notes)
         side, count = notes["image_size"], len(notes["classes"])
@@ -2693,8 +2693,8 @@ class Classifier:
         """
         is_exported = path.suffix in EXPORTED and path.is_file()
         files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-        key = "".join(map(file_digest, filter(Path.is_file, files)))  # no file: `draw_up` says what is wrong
-        build = functools.partial(read_exported if is_exported else draw_up, path)
+        key = "".join(map(file_digest, filter(Path.is_file, files)))  # `read_trained` says what is missing
+        build = functools.partial(read_exported if is_exported else read_trained, path)
         self._engine = Engine("classifier", key.encode(), build, device, fast=True, num_threads=num_threads)
         notes = self._engine.notes
         self._path, self._notes = path, notes

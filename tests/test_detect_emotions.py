@@ -1286,7 +1286,7 @@ def test_an_exported_network_that_takes_something_else_is_refused(tmp_path, smal
 
     faces = opset8.parameter([-1, 4])
     model = Model([opset8.relu(faces)], [faces])
-    model.set_rt_info(json.dumps(shared.draw_up(small_model).notes), "emotion_detector")
+    model.set_rt_info(json.dumps(shared.read_trained(small_model).notes), "emotion_detector")
     save_model(model, tmp_path / "other.xml")
     with pytest.raises(ValueError, match="not a network that this toolkit exported"):
         shared.Classifier(tmp_path / "other.xml", "cpu")

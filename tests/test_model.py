@@ -551,7 +551,7 @@ def test_fit_temperature_finds_the_scale_that_was_put_in():
     assert right < 0.01 < wrong
 
 
-def test_fit_temperature_keeps_the_parents_if_there_are_too_few_faces():
+def test_fit_temperature_falls_back_if_there_are_too_few_faces():
     logits, labels = torch.eye(5).repeat(20, 1), torch.arange(5).repeat(20)
     assert shared.fit_temperature([(logits, labels)], 1.7) == 1.7
     assert shared.fit_temperature([(logits, labels)] * 3, 1.7) == pytest.approx(0.5, abs=0.01)  # the bound
