@@ -667,13 +667,13 @@ class Engine:
         """Compile a network, or find it compiled.
 
         Args:
-            name: of its folder in the cache, see CACHED.
+            name: of its folder in the cache; one that CACHED does not know is never removed.
             key: stands for all on which the blueprint depends, beside this file.
             build: makes the blueprint.
             device: where it runs.
             any_size: H and W may vary from call to call.
             fast: use bfloat16 on a CPU that is fast at it.
-            num_threads: that will call it at the same time; on a CPU each call then gets a core.
+            num_threads: how many threads will call it at once; on a CPU they share the cores.
         """
         self._pads = not any_size
         how = {"any_size": any_size, "fast": fast, "num_threads": num_threads}
