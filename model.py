@@ -2193,12 +2193,10 @@ class Run:
 
         Raises:
             ValueError: the folder holds another run, and this is not its resumption; or it lacks the best
-                checkpoint of the run to resume, or that one learned other classes; or a class has a name that
-                no checkpoint may have.
+                checkpoint of the run to resume, or that one learned other classes.
         """
         import torch
 
-        check_classes(self.classes)
         last, best = self.out_dir / "last.pt", self.out_dir / self.best_name
         if resume and list(resume["classes"]) != list(self.classes):
             learned, there = ", ".join(resume["classes"]), ", ".join(self.classes)
