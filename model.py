@@ -1128,13 +1128,20 @@ def is_distinct(boxes: np.ndarray, of_smaller: bool) -> np.ndarray:
     """
     left, top, right, bottom = np.ascontiguousarray(boxes.T)
     areas = (right - left) * (bottom - top)
-    shared = (np.minimum.outer(right, right) - np.maximum.outer(left, left)).clip(0)
-    shared *= (np.minimum.outer(bottom, bottom) - np.maximum.outer(top, top)).clip(0)
-    whole = np.minimum.outer(areas, areas) if of_smaller else np.add.outer(areas, areas) - shared
-    hides = np.tril(shared > SAME_FACE * whole, -1)
+    hidden, hiding = np.empty(0, int), np.empty(0, int)  # pairs of boxes, the second before the first
+    for start in range(0, len(boxes), 256):  # the 17,000 candidates of a large crowd would take gigabytes
+        block, end = slice(start, start + 256), start + 256
+        common = np.minimum.outer(right[block], right[:end]) - np.maximum.outer(left[block], left[:end])
+        heights = np.minimum.outer(bottom[block], bottom[:end]) - np.maximum.outer(top[block], top[:end])
+        common = common.clip(0) * heights.clip(0)
+        join = np.minimum.outer if of_smaller else np.add.outer
+        whole = join(areas[block], areas[:end]) - (0 if of_smaller else common)
+        rows, columns = np.nonzero(np.tril(common > SAME_FACE * whole, start - 1))
+        hidden, hiding = np.append(hidden, rows + start), np.append(hiding, columns)
     kept, before = np.ones(len(boxes), bool), None
     while before is None or (kept != before).any():  # settles from the first down, in a few rounds
-        before, kept = kept, ~(hides & kept).any(1)
+        before, kept = kept, np.ones(len(boxes), bool)
+        kept[hidden[before[hiding]]] = False
     return kept
 
 

@@ -167,6 +167,23 @@ def test_min_face_size_as_a_share_is_of_the_shorter_side_and_has_a_floor(sample)
     )
 
 
+@pytest.mark.parametrize("of_smaller", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 600])
+def test_is_distinct_keeps_what_looking_at_one_box_after_another_keeps(count, of_smaller):
+    random = np.random.default_rng(0)
+    starts, sides = random.random((count, 2)) * 100, 10 + random.random((count, 1)) * 30
+    boxes = np.hstack([starts, starts + sides])
+    areas, kept = (sides**2).ravel(), []
+    for i, box in enumerate(boxes):
+        others = boxes[kept]
+        common = (np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])).clip(0).prod(1)
+        whole = np.minimum(areas[i], areas[kept]) if of_smaller else areas[i] + areas[kept] - common
+        if not (common > shared.SAME_FACE * whole).any():
+            kept.append(i)
+    assert np.flatnonzero(shared.is_distinct(boxes, of_smaller)).tolist() == kept
+    assert count < 2 or len(kept) < count
+
+
 @pytest.mark.parametrize("size", [0, -1, 1, 11])
 def test_min_face_size_below_the_window_is_refused(size):
     with pytest.raises(ValueError, match="12 pixels or more nor a share below 1"):
