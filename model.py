@@ -1070,11 +1070,8 @@ def _peaks(probs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
     are neighbours.
     """
     n, y, x = np.nonzero(probs >= threshold)
-    rows, columns = (
-        [(at + by).clip(0, length - 1) for by in (-1, 0, 1)]
-        for at, length in zip((y, x), probs.shape[1:], strict=True)
-    )
-    around = [probs[n, row, column] for row in rows for column in columns]
+    padded = np.pad(probs, ((0, 0), (1, 1), (1, 1)))
+    around = [padded[n, y + down, x + right] for down, right in np.ndindex(3, 3)]
     is_peak = probs[n, y, x] == np.max(around, axis=0)
     return n[is_peak], y[is_peak], x[is_peak]
 
