@@ -52,6 +52,7 @@ FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
 CUT, NO_FACE, SEVERAL, UNREADABLE = "one face cut", "no face", "several faces", "not readable"
 OUTCOMES = (CUT, NO_FACE, SEVERAL, UNREADABLE)  # of a photo, in the table's order
 HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
+SHEET_SIDE = 128  # pixels, of a face on the sheet of mistakes
 FOLDS = 5  # of the cross-validation, chosen here
 # Shares of the way that training went, tried in turn. Half of it is what Wortsman et al. 2022 advise; of 422
 # held-out photos it kept 5.5 of 6.9 points gained, and lost none of FER's val.
@@ -676,7 +677,7 @@ def draw_mistakes(faces: Sequence[tuple[Image.Image, str]], path: Path) -> None:
 
     font = ImageFont.truetype(font_manager.findfont(font_manager.FontProperties()), 11)  # as the plots'
     lines = [line for _, text in faces for line in text.splitlines()]
-    side, below, columns = 128, 34, 8
+    side, below, columns = SHEET_SIDE, 34, 8
     width = max(side, math.ceil(max(map(font.getlength, lines))) + 8)
     sheet = Image.new("RGB", (width * columns, (side + below) * math.ceil(len(faces) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -726,6 +727,7 @@ def evaluate_photos(
             [probs] = classifier.predict_crops([crop])
             row |= {"emotion": classes[probs.argmax()], "prob": probs.max()}
             row |= {f"prob_{name}": prob for name, prob in zip(classes, probs, strict=True)}
+            crop.thumbnail((SHEET_SIDE, SHEET_SIDE))  # thousands of large ones would fill the memory
         rows.append(row)
         crops.append(crop)
     report_photos(rows, found)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FIVE, make_faces, write_checkpoint
+from conftest import FIVE, address_space_limit, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES
 
@@ -599,6 +599,19 @@ def test_evaluate_takes_faces_that_are_cut_already(tmp_path, fer_checkpoint, cap
     faces = make_faces(tmp_path / "faces", 5, CLASSES)
     finetune_emotion.main(["--evaluate", str(fer_checkpoint), "--data-dir", str(faces), "--cropped"])
     assert "of 10, mean recall" in capsys.readouterr().out
+
+
+def test_evaluate_keeps_no_large_photo_in_memory(tmp_path, fer_checkpoint, capsys):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2000, 2000)).save(tmp_path / name / "0.jpg")  # 12 MB in memory
+        for i in range(1, 15):
+            shutil.copy(tmp_path / name / "0.jpg", tmp_path / name / f"{i}.jpg")
+    options = ["--evaluate", str(fer_checkpoint), "--data-dir", str(tmp_path), "--cropped"]
+    finetune_emotion.main([*options, "--limit", "2"])  # so the networks are loaded
+    with address_space_limit(200 * 2**20):
+        finetune_emotion.main(options)
+    assert "of 30, mean recall" in capsys.readouterr().out
 
 
 def test_faces_that_are_cut_already_are_learned_from(tmp_path, options, capsys):
