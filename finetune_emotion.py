@@ -80,14 +80,15 @@ def cut_face(
 ) -> tuple[str, Image.Image | None]:
     """Return what a photo is, one of OUTCOMES, and the crop of its face, None if the photo is left out.
 
-    Without a finder the photo is a face.
+    Without a finder the photo is a face, of which the central square is taken.
     """
     try:
         image = shared.open_picture(path)
     except shared.PictureError:
         return UNREADABLE, None
     if finder is None:
-        return CUT, image
+        [crop] = shared.crop_faces(image, np.array([[0, 0, *image.size]]), 0)
+        return CUT, crop
     boxes = finder.find(image).boxes
     if len(boxes) != 1 and not (largest_face and len(boxes)):
         return SEVERAL if len(boxes) else NO_FACE, None
@@ -116,8 +117,9 @@ def cut_photos(
     below faces_dir), `sha256` of the photo, the `settings`, the `reason` why it is left out or None, and
     the `blur` of the face.
     """
-    settings = {"margin": margin, "largest_face": largest_face}
+    settings = {"cut": "central square"}
     if finder:
+        settings = {"margin": margin, "largest_face": largest_face}
         settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
     found = itertools.chain.from_iterable(shared.list_images(data_dir / name) for name in classes)
     paths = {path.relative_to(data_dir).as_posix(): path for path in found}

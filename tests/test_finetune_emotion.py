@@ -622,6 +622,23 @@ def test_faces_that_are_cut_already_are_learned_from(tmp_path, options, capsys):
     assert shared.load_checkpoint(tmp_path / "run" / "best.pt")["classes"] == list(CLASSES)
 
 
+def test_of_a_face_that_is_cut_already_the_central_square_is_taken(tmp_path):
+    wide = Image.new("L", (200, 100))
+    wide.paste(255, (50, 0, 150, 100))
+    for name in CLASSES:
+        (tmp_path / "ready" / name).mkdir(parents=True)
+        wide.save(tmp_path / "ready" / name / "0.png")
+    cut(tmp_path / "ready", None)
+    with Image.open(tmp_path / "faces" / "angry" / "0.png.png") as face:
+        assert face.getextrema() == (255, 255)
+    index_path = tmp_path / "faces" / "index.jsonl"
+    squashed = {"margin": 0.1, "largest_face": False}  # what an earlier version noted, and did
+    older = [{**record, "settings": squashed} for record in read_index(tmp_path / "faces")]
+    index_path.write_text("".join(json.dumps(record) + "\n" for record in older))
+    records = cut(tmp_path / "ready", None)
+    assert all(record["settings"] != squashed for record in records)
+
+
 @pytest.mark.parametrize(
     ("added", "reason"),
     [
