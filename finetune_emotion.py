@@ -660,8 +660,10 @@ def report_change(results: dict[str, dict[str, dict]], classes: Sequence[str], o
     width, rows = max(map(len, results["before"])) + 1, {}
     for name, when in itertools.product(results["before"], ("before", "after")):
         row = results[when][name]
-        shares = [row["acc"], row["mean_recall"], *row["recall"].values()]
-        rows[f"{name:{width}}{when:7}"] = [str(row["n"]), *(f"{share:.1%}" for share in shares)]
+        means = [f"{row[figure]:.1%}" for figure in ("acc", "mean_recall")]
+        pairs = zip(row["recall"].values(), row["confusion"], strict=True)
+        recalls = [f"{recall:.1%}" if any(counts) else "-" for recall, counts in pairs]
+        rows[f"{name:{width}}{when:7}"] = [str(row["n"]), *means, *recalls]
     columns = ["n", "accuracy", "mean recall", *classes]
     print(pd.DataFrame.from_dict(rows, "index", columns=columns).to_string(col_space=11))
     shared.save_json(out_dir / "emotion.json", results)

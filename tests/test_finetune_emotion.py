@@ -499,6 +499,15 @@ def test_fer_is_learned_again_and_reported(tmp_path, mixed, capsys):
     assert "50% of the way: fer val" in out
 
 
+def test_a_class_without_held_out_faces_has_a_dash_for_its_recall(tmp_path, capsys):
+    figures = {
+        "photos val": shared.judge(torch.eye(3)[:2], torch.tensor([0, 0]), 1.0, ("calm", "happy", "sad"))
+    }
+    finetune_emotion.report_change({"before": figures, "after": figures}, ("calm", "happy", "sad"), tmp_path)
+    _, *rows, _ = capsys.readouterr().out.splitlines()
+    assert [row.split()[3:] for row in rows] == [["2", "50.0%", "50.0%", "50.0%", "-", "-"]] * 2
+
+
 def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoint):
     """The new weights call all happy; a blend of both heads is right on all of val up to half of the way."""
     start = shared.load_checkpoint(fer_checkpoint)
