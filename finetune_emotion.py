@@ -274,9 +274,11 @@ def load_labelled(
     """Read the cut faces, split them and correct their labels; a correction moves no face to the other side.
 
     Raises:
-        ValueError: there are too few faces, or too many photos are not readable.
+        ValueError: there are too few faces, a class has none, or too many photos are not readable.
     """
     import torch
+
+    found = {record["label"] for record in records}
 
     unreadable = [record["photo"] for record in records if record["reason"] == UNREADABLE]
     shared.check_readable(unreadable, len(records))
@@ -290,6 +292,9 @@ def load_labelled(
     found_by = torch.tensor([classes.index(record["label"]) for record in records])
     is_val = split_groups(found_by, groups, [record["sha256"] for record in records], val_fraction, seed)
     names = [corrections.get(record["photo"], record["label"]) for record in records]
+    if lacking := found.difference(names):
+        names = ", ".join(sorted(lacking))
+        raise ValueError(f"{names}: no photo has a single face; add photos, or take the folder away")
     kept = torch.tensor([i for i, name in enumerate(names) if name], dtype=torch.int64)
     is_val = is_val[kept]
     if is_val.all() or not is_val.any():

@@ -268,6 +268,19 @@ def test_photos_without_faces_are_one_line(tmp_path, options):
         finetune_emotion.main([*options, "--data-dir", str(tmp_path / "empty")])
 
 
+def test_a_class_without_a_face_is_refused_until_a_correction_gives_it_one(tmp_path, photos_dir, options):
+    (photos_dir / "bored").mkdir()
+    for side in (64, 65):
+        Image.new("RGB", (side, side)).save(photos_dir / "bored" / f"{side}.png")
+    with pytest.raises(SystemExit) as stop:
+        finetune_emotion.main(options)
+    assert stop.value.code.startswith("error: bored: no photo has a single face; add photos, ")
+    (photos_dir / "corrections.csv").write_text("path,label\nhappy/0.jpg,bored\n")
+    finetune_emotion.main(options)
+    best = shared.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best["classes"] == ["angry", "bored", "happy"]
+
+
 # --- from faces to train and val ---
 
 
