@@ -761,7 +761,7 @@ def evaluate_photos(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Return the options and, with --resume, the checkpoint to go on from."""
+    """Return the options and, with --resume, the checkpoint to go on from; raises ValueError."""
     parser = shared.build_parser(__doc__)
     add, points = parser.add_argument, shared.number(float, 0, 100)
     shared.add_options(parser, data_dir="data/google", init=Path("runs/fer/best.pt"))
@@ -809,6 +809,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         parser.error(f"--csv cannot write {args.csv}; name a file that ends in .csv")
     if args.evaluate and args.review:
         parser.error("--evaluate and --review are two tasks; ask for one")
+    if (args.data_dir / "train").is_dir():
+        raise ValueError(f"{args.data_dir} has splits; pass {args.data_dir / 'train'}, or another of them")
     if not args.evaluate:
         args.out_dir = args.out_dir or OUT_DIR
     return args, resumed

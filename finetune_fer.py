@@ -205,6 +205,7 @@ def describe(
     lines["votes"] = f"known for {voted} images of train"
     if parent["stage"] != "gray" and sum(len(split.labels) for split in train.values()) < FEW_FACES:
         lines["hint"] = "these are few faces; finetune_emotion.py --cropped --no-mix learns more from them"
+        lines["hint"] += " (--data-dir DIR/train if DIR has splits)"
     new = [name for name in classes if name not in parent["classes"]]
     return {**lines, "untrained in the head": ", ".join(new) or "none"}
 

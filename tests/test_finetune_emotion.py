@@ -239,6 +239,12 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
         finetune_emotion.main(options)
 
 
+@pytest.mark.parametrize("task", [["--cropped"], ["--evaluate", "best.pt"]])
+def test_a_folder_that_has_splits_is_one_line(fer_dir, options, task):
+    with pytest.raises(SystemExit, match=f"^error: {fer_dir} has splits; pass {fer_dir}/train, or another"):
+        finetune_emotion.main([*options, "--data-dir", str(fer_dir), *task])
+
+
 def test_photos_that_are_not_readable_are_named_and_stop_it_if_they_are_many(
     tmp_path, photos_dir, options, capsys
 ):

@@ -306,7 +306,8 @@ def test_classes_that_the_head_does_not_know_are_named(tmp_path, options, capsys
     finetune_fer.main([*options, "--init", str(start), "--out-dir", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "untrained in the head: disgusted, sad, surprised\n" in out
-    assert "hint: these are few faces; finetune_emotion.py --cropped --no-mix learns more from them\n" in out
+    assert "hint: these are few faces; finetune_emotion.py --cropped --no-mix learns more from them" in out
+    assert "(--data-dir DIR/train if DIR has splits)\n" in out
 
 
 def test_a_trained_model_learns_on_in_the_parts_that_are_named(tmp_path, options):
