@@ -809,6 +809,8 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         parser.error(f"--csv cannot write {args.csv}; name a file that ends in .csv")
     if args.evaluate and args.review:
         parser.error("--evaluate and --review are two tasks; ask for one")
+    if args.data_dir.name in ("", ".."):
+        args.data_dir = args.data_dir.resolve()  # the folder of the faces is named after it
     if (args.data_dir / "train").is_dir():
         raise ValueError(f"{args.data_dir} has splits; pass {args.data_dir / 'train'}, or another of them")
     if not args.evaluate:

@@ -239,6 +239,16 @@ def test_a_missing_emotion_is_one_line(photos_dir, options):
         finetune_emotion.main(options)
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_the_folder_of_the_faces_is_beside_that_of_the_photos_whatever_it_is_called(
+    name, photos_dir, options, monkeypatch
+):
+    monkeypatch.chdir(photos_dir if name == "." else photos_dir / "angry")
+    faces_dir = options.index("--faces-dir")
+    finetune_emotion.main([*options[:faces_dir], *options[faces_dir + 2 :], "--data-dir", name])
+    assert (photos_dir.parent / "google_faces" / "index.jsonl").exists()
+
+
 @pytest.mark.parametrize("task", [["--cropped"], ["--evaluate", "best.pt"]])
 def test_a_folder_that_has_splits_is_one_line(fer_dir, options, task):
     with pytest.raises(SystemExit, match=f"^error: {fer_dir} has splits; pass {fer_dir}/train, or another"):
