@@ -132,7 +132,9 @@ def cut_photos(
     with index_path.open("ab", buffering=0) as index:
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
             record = {"photo": photo, "label": photo.split("/")[0], "crop": f"{photo}.png"}
-            record |= {"sha256": shared.file_digest(paths[photo]), "settings": settings}
+            record |= {"sha256": "", "settings": settings}
+            with contextlib.suppress(OSError):  # `cut_face` finds that it is not readable
+                record["sha256"] = shared.file_digest(paths[photo])
             crop_path, before = shared.inside(faces_dir, record["crop"]), known.get(photo, {})
             if record.items() <= before.items() and (before["reason"] or crop_path.exists()):
                 continue

@@ -171,6 +171,19 @@ def test_a_lost_crop_is_cut_again(photos_dir):
     assert crop.exists()
 
 
+def test_a_photo_that_goes_away_meanwhile_is_not_readable(photos_dir):
+    gone = photos_dir / "happy" / "1.jpg"
+
+    class Remover(shared.FaceFinder):
+        def find(self, image):
+            gone.unlink(missing_ok=True)
+            return super().find(image)
+
+    reasons = {record["photo"]: record["reason"] for record in cut(photos_dir, Remover())}
+    assert reasons["happy/1.jpg"] == "not readable"
+    assert reasons["happy/0.jpg"] is None
+
+
 def test_an_interrupted_search_goes_on_where_it_was(photos_dir):
     broken = CountingFinder()
     broken.break_after = 3
