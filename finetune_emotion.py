@@ -127,7 +127,9 @@ def cut_photos(
     index_path = faces_dir / "index.jsonl"
     known = read_index(index_path)
     for photo in known.keys() - paths:
-        (faces_dir / known.pop(photo)["crop"]).unlink(missing_ok=True)
+        del known[photo]
+        with contextlib.suppress(ValueError):  # it leads out of the folder, so it is no crop of ours
+            shared.inside(faces_dir, f"{photo}.png").unlink(missing_ok=True)
     wanted = shared.spread(list(paths), limit)
     with index_path.open("ab", buffering=0) as index:
         for photo in tqdm(wanted, "finding faces", unit="photo", disable=None):
@@ -158,23 +160,14 @@ def cut_photos(
 
 
 def read_index(path: Path) -> dict[str, dict]:
-    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none.
-
-    Raises:
-        ValueError: a line names a crop outside the index's folder.
-    """
+    """Read the records of index.jsonl, by photo; a line that was cut short is as good as none."""
     records = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, ArithmeticError, LookupError, TypeError, RecursionError):
             record = json.loads(line)
             is_cut = record["reason"] is None
             if (is_cut and math.isfinite(record["blur"])) or record["reason"] in OUTCOMES:
-                records[str(record["photo"])] = {**record, "crop": str(record["crop"])}
-    for record in records.values():
-        try:
-            shared.inside(path.parent, record["crop"])
-        except ValueError as error:
-            raise ValueError(f"{path} names a crop: {error}; delete it, it is made anew") from None
+                records[str(record["photo"])] = record
     return records
 
 
