@@ -105,9 +105,10 @@ MAX_REST_S = 120.0  # how long to wait for a host that asks for it, chosen here;
 API_PAGE = 20  # results a request; Openverse allows no more without a key
 
 UNREACHABLE, BUSY, REMOVED, NOT_TRIED = "unreachable", "busy", "removed", "not tried"
-# Why a picture is not kept, in the order of the table. The next run tries the first two again.
-REASONS = (UNREACHABLE, BUSY, "http error", "not allowed", "too big", "no image", "too small", "one colour")
-REASONS += ("changed", "no face", "several faces", "copy", "two labels")
+PASSING = (UNREACHABLE, BUSY, "not allowed")  # a later run, or one with other options, may fare better
+# Why a picture is not kept, in the order of the table.
+REASONS = (*PASSING, "http error", "too big", "no image", "too small", "one colour", "changed", "no face")
+REASONS += ("several faces", "copy", "two labels")
 FOUND = ("url", "page", "title", "license", "is_thumbnail")  # what the journal keeps of each Result
 
 
@@ -196,7 +197,7 @@ def read_answer(response: HTTPResponse) -> tuple[bytes, str]:
             location = location.encode("latin-1").decode()
         return b"", location
     if response.status != 200:
-        is_passing = response.status in (408, 429) or response.status >= 500
+        is_passing = response.status in (407, 408, 429) or response.status >= 500
         raise Refusal(UNREACHABLE if is_passing else "http error", f"HTTP {response.status}")
     announced_bytes = response.length_remaining or 0
     if announced_bytes > MAX_BYTES or len(body := response.read(MAX_BYTES + 1)) > MAX_BYTES:
@@ -629,7 +630,7 @@ class DataSet:
             if outcome.reason == REMOVED:
                 self.forget({result.url}, [])
                 return
-            record["status"] = "failed" if outcome.reason in (UNREACHABLE, BUSY) else "rejected"
+            record["status"] = "failed" if outcome.reason in PASSING else "rejected"
             record |= {"reason": outcome.reason, "detail": outcome.detail}
             if outcome.copy_of:
                 record["copy_of"] = outcome.copy_of
