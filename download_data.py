@@ -501,15 +501,19 @@ class DataSet:
         self.copies = CopyFinder()  # of what is kept or removed
         self.removed, self.barred_urls = [], set()
         data = self.journal.read_bytes() if self.journal.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            os.truncate(self.journal, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+        *lines, last = data.split(b"\n")
+        with contextlib.suppress(ValueError, RecursionError):  # as for a line that breaks off
+            json.loads(last)
+            lines.append(last)  # an editor left its end out
+        for number, line in enumerate(lines, 1):
             try:
                 self._take_in(json.loads(line))
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 message = f"{self.journal}, line {number} is no record of this script; delete that line"
                 raise ValueError(message) from None
+        if last:
+            with shared.replacing(self.journal, sync=True) as temporary:
+                temporary.write_bytes(b"".join(line + b"\n" for line in lines))
         waiting = {path.name for path in self.incoming.glob("*")}
         for url, record in self.by_url.items() if waiting else ():
             if url_digest(url) in waiting:

@@ -1129,6 +1129,21 @@ def test_a_line_that_breaks_off_is_dropped_but_a_damaged_one_is_named(pictures, 
     assert stop.value.code == f"error: {manifest}, line 1 is no record of this script; delete that line"
 
 
+def test_a_whole_line_without_its_end_counts_as_an_editor_may_leave_it(pictures, out_dir, tmp_path):
+    listed = write_list(tmp_path / "list", *(("hen", pictures.url(f"/photo?n={n}")) for n in range(2)))
+    imagenet(out_dir, *listed)
+    manifest = out_dir / "manifest.jsonl"
+    written = manifest.read_bytes()
+    manifest.write_bytes(written[:-1])
+    imagenet(out_dir, *listed)
+    assert manifest.read_bytes() == written
+    assert set(pictures.hits.values()) == {1}
+    manifest.write_text('{"a stranger\'s": true}')
+    with pytest.raises(SystemExit, match="line 1 is no record of this script"):
+        imagenet(out_dir, *listed)
+    assert manifest.read_text() == '{"a stranger\'s": true}'
+
+
 def test_a_full_disk_is_named_and_the_next_run_goes_on(out_dir, tmp_path):
     listed = write_list(tmp_path / "list", *(("hen", f"ftp://a.example/{n}.jpg") for n in range(40)))
     with file_size_limit(8000), pytest.raises(SystemExit) as stop:
