@@ -748,6 +748,14 @@ def test_a_proxy_of_another_kind_is_named_at_once(address, proxy, out_dir, tmp_p
     assert stop.value.code == f"error: https_proxy is {address}, expected http://HOST:PORT"
 
 
+@pytest.mark.parametrize("contact", ["Łukasz, l@example.org", "two\nlines"])
+def test_a_contact_that_no_header_can_hold_is_refused(contact, out_dir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--contact", contact)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --contact goes into a header, which holds ")
+
+
 # --- hosts ---
 
 
