@@ -889,6 +889,7 @@ def open_browser(profile: Path | None, headful: bool) -> Iterator[Chrome]:
     os.environ["no_proxy"] = f"{bypassed},localhost" if bypassed else "localhost"
     # A session of its own: Ctrl-C reaches this script alone, which then closes the browser in order.
     service = webdriver.ChromeService(driver_path, popen_kw={"start_new_session": True})
+    service.process = None  # else `stop` fails if it could not be started
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` runs
     with tempfile.TemporaryDirectory(prefix="download_data_", ignore_cleanup_errors=True) as folder:
         options.add_argument(f"--user-data-dir={(profile or Path(folder)).absolute()}")

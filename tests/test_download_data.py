@@ -390,6 +390,16 @@ def test_without_a_browser_it_says_what_is_needed(out_dir, tmp_path, monkeypatch
         imagenet(out_dir, "--labels", "tench")
 
 
+def test_a_driver_that_this_machine_cannot_run_is_one_line(out_dir, tmp_path, monkeypatch):
+    for name in ("chromium", "chromedriver"):
+        (tmp_path / name).write_bytes(b"\x7fELF of another architecture")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench")
+    assert stop.value.code == f"error: [Errno 8] Exec format error: '{tmp_path / 'chromedriver'}'"
+
+
 def test_google_url_takes_the_filters_of_google_images_download():
     url = download_data.google_url("happy face", {"type": "face", "size": "large", "safe_search": "on"})
     assert url == "https://www.google.com/search?q=happy+face&tbs=isz%3Al%2Citp%3Aface&safe=active&udm=2"
