@@ -757,7 +757,7 @@ def work_off(
 ) -> None:
     """Settle what is pending of a query, then search, until its limit or its label's target is reached.
 
-    What was found before a search breaks off is settled too; then its ValueError is raised.
+    What was found before a search breaks off is settled too; then its error is raised.
 
     Args:
         settle: `collect`, given its last three arguments.
@@ -786,7 +786,7 @@ def work_off(
             chunk = []
             try:
                 chunk.extend(itertools.islice(found, number))
-            except ValueError:
+            except Exception:  # a crash of the browser is no ValueError yet
                 if chunk:  # what came before the error
                     settle(dataset.note_search(search, chunk, len(known), False), chunk)
                 raise

@@ -39,6 +39,7 @@ from image_server import (
     serve_pictures,
 )
 from PIL import Image
+from selenium.common.exceptions import WebDriverException
 from urllib3 import HTTPResponse
 
 import download_data
@@ -127,6 +128,27 @@ def wait_for(condition):
             return
         time.sleep(0.02)
     pytest.fail("it did not come to this")
+
+
+# --- collecting ---
+
+
+def test_what_was_found_before_a_browser_crashed_is_settled(out_dir):
+    found = [download_data.Result(f"http://a.example/{n}.jpg") for n in range(3)]
+
+    def search(query):
+        yield from found
+        raise WebDriverException("tab crashed")
+
+    out_dir.mkdir()
+    dataset, settled = download_data.DataSet(out_dir, None), []
+    query = download_data.Query("hen", "hen", 10)
+    with pytest.raises(WebDriverException):
+        download_data.work_off(
+            query, "google", lambda: search, dataset, lambda _, results: settled.extend(results), target=None
+        )
+    assert settled == found
+    assert [len(search["results"]) for search in dataset.searches.values()] == [3]
 
 
 # --- Google ---
