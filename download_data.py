@@ -790,6 +790,8 @@ def work_off(
                 if chunk:  # what came before the error
                     settle(dataset.note_search(search, chunk, len(known), False), chunk)
                 raise
+            if not known:  # a page that is slow looks empty: the next run asks again
+                return
             is_exhausted = len(chunk) < number
             asked = len(known) if target else query.limit
             search = dataset.note_search(search, chunk, asked, is_exhausted)

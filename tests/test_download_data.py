@@ -151,6 +151,22 @@ def test_what_was_found_before_a_browser_crashed_is_settled(out_dir):
     assert [len(search["results"]) for search in dataset.searches.values()] == [3]
 
 
+def test_a_search_that_found_nothing_is_made_again(out_dir):
+    answers = iter([[], [download_data.Result("http://a.example/1.jpg")]])
+    out_dir.mkdir()
+    settled = []
+    for _ in range(2):
+        download_data.work_off(
+            download_data.Query("hen", "hen", 10),
+            "google",
+            lambda: lambda query: iter(next(answers)),
+            download_data.DataSet(out_dir, None),
+            lambda search, results: settled.extend(results),
+            target=None,
+        )
+    assert len(settled) == 1
+
+
 # --- Google ---
 
 
@@ -328,7 +344,7 @@ def test_no_results_are_a_result(google, out_dir, capsys, monkeypatch):
     monkeypatch.setattr(download_data, "GROW_WAIT_S", 0.3)
     google.blocked_by = "empty"
     imagenet(out_dir, "--labels", "tench")
-    assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "5", "0", "0"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["tench", "0", "0", "0"]
 
 
 @pytest.mark.slow
