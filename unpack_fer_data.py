@@ -306,10 +306,12 @@ def check_rows(path: Path, numbers: dict, max_bad: float) -> None:
 
 
 def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) -> None:
-    """Move the images of `staging` to their place, the paths `kept`, and remove all others of this script.
+    """Move the images of `staging` to their place, the paths `kept`, and remove all else of this script.
 
     The manifest calls the folder incomplete from here until `main` writes it anew.
     """
+    if read_manifest(out_dir).get("source", {}).get("ferplus"):
+        (out_dir / "votes.csv").unlink(missing_ok=True)
     claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
     shared.save_json(out_dir / "manifest.json", claim)
     for split, emotion in itertools.product(USAGES.values(), source["emotions"]):
@@ -374,8 +376,6 @@ def unpack(
     if ferplus:
         with shared.replacing(out_dir / "votes.csv") as temporary:
             votes.to_csv(temporary, index_label="row", lineterminator="\r\n")
-    elif overwrite:
-        (out_dir / "votes.csv").unlink(missing_ok=True)
     return numbers
 
 

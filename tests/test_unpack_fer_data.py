@@ -745,6 +745,14 @@ def test_a_second_run_restores_lost_votes_and_overwrite_without_ferplus_removes_
     assert not (out / "votes.csv").exists()
 
 
+def test_votes_do_not_stay_for_images_of_another_table(run, tmp_path, out, ferplus):
+    run(write_csv(tmp_path / "fer2013.csv", MIXED), "--ferplus", ferplus)
+    for split in ("train", "val", "test"):
+        shutil.rmtree(out / split)
+    run(write_csv(tmp_path / "other.csv", MIXED[::-1]))
+    assert not (out / "votes.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
