@@ -83,7 +83,6 @@ COMMONS_SEARCH = "action=query&format=json&formatversion=2&generator=search&gsrn
 COMMONS_SEARCH += "&prop=imageinfo&iiprop=url|extmetadata&iiextmetadatafilter=LicenseShortName"
 ENGINES = ("google", "openverse", "commons", "duckduckgo", "bing", "urls")
 
-SHORTER_SIDE = 256  # pixels, of an ImageNet photo; what the usual ImageNet transform resizes to
 MIN_SIDE = 64  # pixels, chosen here: less is an icon or a counting pixel
 FLAT_LEVELS = 4  # of 255, chosen here: what JPEG makes of one colour; the darkest photo varies more
 MAX_PIXELS = 50_000_000  # chosen here: 150 MB decoded; cameras take up to that
@@ -1154,33 +1153,6 @@ def check_engine(name: str, filters: dict[str, str], headful: bool) -> None:
             raise ValueError("there is no screen for --headful; go without it, see --help")
 
 
-@contextlib.contextmanager
-def open_engine(
-    name: str,
-    downloader: Downloader,
-    delay_s: float,
-    *,
-    listed: dict[tuple[str, str], list[Result]],
-    filters: dict[str, str],
-    profile: Path | None,
-    headful: bool,
-) -> Iterator[SearchFor]:
-    """Yield the function that searches with one of ENGINES, and waits for its turn.
-
-    `listed`, of `read_list`, is for urls; `filters` and what follows for Google.
-    """
-    turns = take_turns(delay_s)
-    if name == "google":
-        with open_browser(profile, headful) as driver:
-            yield lambda query: next(turns) or Google(driver, filters, headful).search(query)
-    elif name == "urls":
-        yield lambda query: iter(listed[query.label, query.text][: query.limit])
-    elif name in APIS:
-        yield functools.partial(search_api, name, downloader, turns)
-    else:
-        yield functools.partial(search_ddgs, name, turns)
-
-
 # --- report ---
 
 PER_SHEET = 100  # pictures
@@ -1323,9 +1295,11 @@ def parse_filter(text: str) -> tuple[str, str]:
     return name, value
 
 
-SETS = {  # help, default of --out-dir, default of --limit, type of picture that Google is asked for
-    "emotions": ("photos of emotions with one face each", "data/google", 100, "face"),
-    "imagenet": ("a few photos for each of the 1000 ImageNet classes", "data/imagenet", 5, "photo"),
+# Help, defaults of --out-dir and --limit, type of picture that Google is asked for, shorter side to shrink
+# pictures to: 256 pixels are what the usual ImageNet transform resizes to.
+SETS = {
+    "emotions": ("photos of emotions with one face each", "data/google", 100, "face", None),
+    "imagenet": ("a few photos for each of the 1000 ImageNet classes", "data/imagenet", 5, "photo", 256),
 }
 
 
@@ -1356,7 +1330,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--remove", metavar="SHA_OR_URL", help="only take a picture and its copies out of --out-dir for good")
     parser = shared.build_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True, metavar="{emotions,imagenet}")
-    for name, (about, out_dir, limit, _) in SETS.items():
+    for name, (about, out_dir, limit, *_) in SETS.items():
         limit_help = f"results to look at for each query; without it {limit}, all of a list or for a target"
         own = sets.add_parser(name, parents=[common], help=about, formatter_class=shared.HelpFormatter)
         shared.add_options(own, out_dir=Path(out_dir))
@@ -1383,8 +1357,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Search, download, examine and report, going on where an earlier run stopped."""
     args = parse_args(argv)
-    _, _, default_limit, kind = SETS[args.set]
-    shorter_side = SHORTER_SIDE if args.set == "imagenet" else None
+    _, _, default_limit, kind, shorter_side = SETS[args.set]
     if args.remove:
         with shared.only_run_in(args.out_dir):
             remove_picture(DataSet(args.out_dir, shorter_side), args.remove)
@@ -1422,9 +1395,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         fetch = functools.partial(pool.submit, dataset.fetch, downloader)
         settle = functools.partial(collect, dataset=dataset, fetch=fetch, find_face=find_face)
 
-        options = {"listed": listed, "filters": filters, "profile": args.profile, "headful": args.headful}
-        engine = open_engine(args.engine, downloader, args.delay, **options)
-        start_engine = functools.cache(functools.partial(stack.enter_context, engine))
+        @functools.cache
+        def start_engine() -> SearchFor:
+            turns = take_turns(args.delay)
+            if args.engine == "google":
+                driver = stack.enter_context(open_browser(args.profile, args.headful))
+                return lambda query: next(turns) or Google(driver, filters, args.headful).search(query)
+            if args.engine == "urls":
+                return lambda query: iter(listed[query.label, query.text][: query.limit])
+            if args.engine in APIS:
+                return functools.partial(search_api, args.engine, downloader, turns)
+            return functools.partial(search_ddgs, args.engine, turns)
+
         for query in tqdm(queries, "searching", unit="query", disable=None):
             work_off(query, args.engine, start_engine, dataset, settle, target=args.target)
         for label in labels if args.target else ():
