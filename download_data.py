@@ -927,12 +927,8 @@ class Google:
         self.driver, self.filters, self.is_watched = driver, filters, is_watched
         self.found: dict[str, Result] = {}  # by docid
 
-    def search(self, query: Query) -> Iterator[Result]:
-        """Find results in order, up to the limit; raises ValueError if Google shows another page."""
-        found = (result for result in self._find(query.text) if result.url)
-        return itertools.islice(found, query.limit)
-
-    def _find(self, text: str) -> Iterator[Result]:
+    def search(self, text: str) -> Iterator[Result]:
+        """Find results in order; raises ValueError if Google shows another page."""
         self.driver.get(google_url(text, self.filters))
         if not self._reach_results():
             return
@@ -1400,7 +1396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             turns = take_turns(args.delay)
             if args.engine == "google":
                 driver = stack.enter_context(open_browser(args.profile, args.headful))
-                return lambda query: next(turns) or Google(driver, filters, args.headful).search(query)
+                return lambda query: next(turns) or Google(driver, filters, args.headful).search(query.text)
             if args.engine == "urls":
                 return lambda query: iter(listed[query.label, query.text][: query.limit])
             if args.engine in APIS:
