@@ -750,7 +750,7 @@ def work_off(
     engine: str,
     start_engine: Callable[[], SearchFor],
     dataset: DataSet,
-    settle: Callable[[dict, list[Result]], None],
+    collect: Callable[[dict, list[Result]], None],
     *,
     target: int | None,
 ) -> None:
@@ -759,7 +759,7 @@ def work_off(
     What was found before a search breaks off is settled too; then its error is raised.
 
     Args:
-        settle: `collect`, given its last three arguments.
+        collect: the function above, given its last three arguments.
         target: pictures of the label to keep; None: settle all that is found.
     """
     key = {"engine": engine, "label": query.label, "query": query.text}
@@ -775,9 +775,9 @@ def work_off(
 
     pending = iter(dataset.pending(search))
     while chunk := list(itertools.islice(pending, missing())):
-        settle(search, chunk)
-    is_exhausted = search.get("exhausted") if target else search["asked"] >= query.limit
-    if (is_exhausted and not is_list) or not wanted():
+        collect(search, chunk)
+    is_done = search.get("exhausted") if target else search["asked"] >= query.limit
+    if (is_done and not is_list) or not wanted():
         return
     found, is_exhausted = new_results(start_engine()(query), known, dataset.barred_urls, query.text), False
     with contextlib.closing(found):
@@ -787,14 +787,14 @@ def work_off(
                 chunk.extend(itertools.islice(found, number))
             except Exception:  # a crash of the browser is no ValueError yet
                 if chunk:  # what came before the error
-                    settle(dataset.note_search(search, chunk, len(known), False), chunk)
+                    collect(dataset.note_search(search, chunk, len(known), False), chunk)
                 raise
             if not known:  # a page that is slow looks empty: the next run asks again
                 return
             is_exhausted = len(chunk) < number
             asked = len(known) if target else query.limit
             search = dataset.note_search(search, chunk, asked, is_exhausted)
-            settle(search, chunk)
+            collect(search, chunk)
 
 
 # --- Google ---
@@ -1389,7 +1389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         stack.callback(downloader.close)
         fetch = functools.partial(pool.submit, dataset.fetch, downloader)
-        settle = functools.partial(collect, dataset=dataset, fetch=fetch, find_face=find_face)
+        collect_found = functools.partial(collect, dataset=dataset, fetch=fetch, find_face=find_face)
 
         @functools.cache
         def start_engine() -> SearchFor:
@@ -1404,7 +1404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return functools.partial(search_ddgs, args.engine, turns)
 
         for query in tqdm(queries, "searching", unit="query", disable=None):
-            work_off(query, args.engine, start_engine, dataset, settle, target=args.target)
+            work_off(query, args.engine, start_engine, dataset, collect_found, target=args.target)
         for label in labels if args.target else ():
             kept = len(dataset.there(label))
             end = "at their --limit" if args.limit else "exhausted"
