@@ -297,9 +297,9 @@ def check_folder(out_dir: Path, source: dict, overwrite: bool) -> None:
 
 
 def check_rows(path: Path, numbers: dict, max_bad: float) -> None:
-    """Print how many rows were read; raise ValueError if too many of them are bad."""
+    """Print how many rows there are, by this run or an earlier one; raise ValueError if too many are bad."""
     rows, bad = numbers["rows"], numbers["bad_rows"]
-    print(f"{rows} rows read, {bad} of them bad and skipped", file=sys.stderr)
+    print(f"{rows} rows, {bad} of them bad and skipped", file=sys.stderr)
     if rows == 0 or bad > max_bad * rows:
         wanted = f"rows, at most {max_bad:.2%} of them bad (--max-bad)"
         raise ValueError(f"{path} has {bad} bad rows out of {rows}, expected {wanted}; get it anew")

@@ -152,12 +152,12 @@ def test_every_chosen_class_has_a_folder_in_every_split(run, tmp_path, out):
 def test_limit_reads_the_first_rows_only(run, tmp_path, out):
     _, _, stderr = run(write_csv(tmp_path / "fer2013.csv", MIXED), "--limit", "2")
     assert list_pngs(out) == MIXED_PATHS[:2]
-    assert "2 rows read" in stderr
+    assert "2 rows, 0 of them bad" in stderr
 
 
 def test_stderr_has_no_progress_bar_when_it_is_no_terminal(run, tmp_path):
     _, _, stderr = run(write_csv(tmp_path / "fer2013.csv", MIXED))
-    assert stderr == "7 rows read, 0 of them bad and skipped\n"
+    assert stderr == "7 rows, 0 of them bad and skipped\n"
 
 
 # --- packings ---
@@ -287,7 +287,7 @@ def test_a_malformed_row_is_reported_with_its_line_and_skipped(run, tmp_path, ou
     assert code == 0
     assert report.startswith(f"{path}, line 4: ")
     assert reason in report
-    assert count == "8 rows read, 1 of them bad and skipped"
+    assert count == "8 rows, 1 of them bad and skipped"
     # The rows behind it keep their place in the file.
     assert list_pngs(out) == sorted(
         [*MIXED_PATHS[:2], "val/sad/00004", "test/disgusted/00006", "test/surprised/00007"]
@@ -309,7 +309,7 @@ def test_more_bad_rows_than_one_in_a_hundred_exit_with_1(run, tmp_path, num_bad,
     code, stdout, stderr = run(path)
     assert code == expected
     assert bool(stdout) == (expected == 0)
-    assert f"100 rows read, {num_bad} of them bad" in stderr
+    assert f"100 rows, {num_bad} of them bad" in stderr
     assert ("expected rows, at most 1.00% of them bad (--max-bad)" in stderr) == (expected == 1)
 
 
@@ -328,7 +328,7 @@ def test_many_bad_rows_are_a_few_lines_and_a_count(run, tmp_path):
     _, _, stderr = run(path)
     lines = stderr.splitlines()
     assert lines[0] == f"{path}, line 2: label 'happy', expected 0 to 6; skipped"
-    assert lines[5:7] == [f"{path}: 35 more such lines", "40 rows read, 40 of them bad and skipped"]
+    assert lines[5:7] == [f"{path}: 35 more such lines", "40 rows, 40 of them bad and skipped"]
     assert len(lines) == 8
 
 
@@ -362,7 +362,7 @@ def test_a_packed_file_that_breaks_off_is_reported_and_read_up_to_there(run, tmp
     assert code == 0
     assert 20 < num_images < 40
     assert f"{path}, line {num_images + 2}: the file breaks off" in stderr
-    assert f"{num_images + 1} rows read, 1 of them bad" in stderr
+    assert f"{num_images + 1} rows, 1 of them bad" in stderr
 
 
 # --- no FER table ---
