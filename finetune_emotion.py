@@ -274,7 +274,6 @@ def load_labelled(
     import torch
 
     found = {record["label"] for record in records}
-
     unreadable = [record["photo"] for record in records if record["reason"] == UNREADABLE]
     shared.check_readable(unreadable, len(records))
     records = [record for record in records if not record["reason"]]
@@ -289,7 +288,7 @@ def load_labelled(
     names = [corrections.get(record["photo"], record["label"]) for record in records]
     if lacking := found.difference(names):
         names = ", ".join(sorted(lacking))
-        raise ValueError(f"{names}: no photo has a single face; add photos, or take the folder away")
+        raise ValueError(f"{names}: no photo with a single face is left; add photos, or take the folder away")
     kept = torch.tensor([i for i, name in enumerate(names) if name], dtype=torch.int64)
     is_val = is_val[kept]
     if is_val.all() or not is_val.any():

@@ -310,7 +310,7 @@ def test_a_class_without_a_face_is_refused_until_a_correction_gives_it_one(tmp_p
         Image.new("RGB", (side, side)).save(photos_dir / "bored" / f"{side}.png")
     with pytest.raises(SystemExit) as stop:
         finetune_emotion.main(options)
-    assert stop.value.code.startswith("error: bored: no photo has a single face; add photos, ")
+    assert stop.value.code.startswith("error: bored: no photo with a single face is left; add photos, ")
     (photos_dir / "corrections.csv").write_text("path,label\nhappy/0.jpg,bored\n")
     finetune_emotion.main(options)
     best = shared.load_checkpoint(tmp_path / "run" / "best.pt")
