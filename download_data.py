@@ -1344,8 +1344,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.engine == "urls" and not args.list:
         parser.error("--engine urls needs --list FILE")
-    if args.contact and not (args.contact.isascii() and args.contact.isprintable()):
-        parser.error("--contact goes into a header, which holds one line of ASCII; write a mail address")
+    if re.search(r"[^\x20-\x7e\xa0-\xff]", args.contact or ""):
+        parser.error("--contact goes into a header, which holds one line of Latin-1; write a mail address")
     return args
 
 
