@@ -314,17 +314,19 @@ def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) ->
         (out_dir / "votes.csv").unlink(missing_ok=True)
     claim = {"format": MANIFEST_FORMAT, "complete": False, "source": source}
     shared.save_json(out_dir / "manifest.json", claim)
-    for split, emotion in itertools.product(USAGES.values(), source["emotions"]):
-        (out_dir / split / emotion).mkdir(parents=True, exist_ok=True)
+    folders = {path.parent for path in kept}  # an empty one would pass for a class, or for a split
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     for path in kept:
         with contextlib.suppress(FileNotFoundError):  # it is in its place already
             (staging / path.name).replace(path)
     others = set(find_images(out_dir)) - set(kept)
     for path in others:
         path.unlink()
-    for folder in {path.parent for path in others if path.parts[-2] not in source["emotions"]}:
+    for folder in {path.parent for path in others} - folders:
         with contextlib.suppress(OSError):  # it holds other files too
-            folder.rmdir()  # an empty folder would pass for a class
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def unpack(
