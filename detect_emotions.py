@@ -525,8 +525,17 @@ def decode(packets: Iterator[av.Packet], stream: av.stream.Stream) -> Iterator[a
             yield None
 
 
+def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
+    """Mirror and turn an image by a display matrix (ISO/IEC 14496-12): x goes to (a, b), y to (c, d)."""
+    a, b, _, c, d, *_ = matrix
+    if a * d < b * c:
+        image, a, b = ImageOps.mirror(image), -a, -b
+    angle = -round(math.degrees(math.atan2(b, a)))
+    return image.rotate(angle, expand=angle % 90 == 0)
+
+
 def read_picture(picture: av.VideoFrame) -> tuple[Image.Image, Sequence[int] | None]:
-    """Return a picture's RGB image, and its display matrix if it has one.
+    """Return a picture's RGB image, upright, and its display matrix if it has one.
 
     PyAV's `to_image` copies the pixels twice more, and its `side_data` keeps each picture in memory until
     Python collects garbage.
@@ -536,16 +545,8 @@ def read_picture(picture: av.VideoFrame) -> tuple[Image.Image, Sequence[int] | N
     [plane] = picture.reformat(format="rgb24").planes
     image = Image.frombytes("RGB", (plane.width, plane.height), plane, "raw", "RGB", plane.line_size, 1)
     matrix = SideDataContainer(picture).get("DISPLAYMATRIX")
-    return image, matrix and np.frombuffer(matrix, np.int32).tolist()
-
-
-def upright(image: Image.Image, matrix: Sequence[int]) -> Image.Image:
-    """Mirror and turn an image by a display matrix (ISO/IEC 14496-12): x goes to (a, b), y to (c, d)."""
-    a, b, _, c, d, *_ = matrix
-    if a * d < b * c:
-        image, a, b = ImageOps.mirror(image), -a, -b
-    angle = -round(math.degrees(math.atan2(b, a)))
-    return image.rotate(angle, expand=angle % 90 == 0)
+    matrix = matrix and np.frombuffer(matrix, np.int32).tolist()
+    return upright(image, matrix) if matrix else image, matrix
 
 
 def has_hole(path: Path) -> bool:
@@ -603,14 +604,6 @@ class Video:
         self._length = self._promised_length()
         self.num_frames = self._length and round((min(end, self._length) - start) * self.rate)
 
-    def frames(self) -> Iterator[Frame]:
-        """Read the frames, all as large as the first."""
-        return trim(self._decode(), self.start, self.end)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._container.close()
-
     def _promised_length(self) -> float | None:
         """Return how long the picture should be, or in some formats when it should end, s."""
         if self._container.format.name == "avi":  # where FFmpeg has the duration of what is there
@@ -622,8 +615,10 @@ class Video:
             return min(end, (self._container.duration or math.inf) / 10**6)  # the tag may be out of date
         return None
 
-    def _decode(self) -> Iterator[Frame]:
-        size, last, ends, num_damaged, num_early, missing = None, Fraction(-1), Fraction(0), 0, 0, 0.0
+    def frames(self) -> Iterator[Frame]:
+        """Read the frames from `start` until `end`, numbered from 0, all as large as the first."""
+        numbers, size, time, last, ends = itertools.count(), None, Fraction(-1), Fraction(-1), Fraction(0)
+        num_damaged, num_early, missing = 0, 0, 0.0
         kind = self._container.format.name
         max_gap = MAX_GAP if kind in MPEG else USUAL_GAP if kind == "matroska,webm" else math.inf
         for picture, after in itertools.pairwise(itertools.chain(self._pictures(), [None])):
@@ -636,27 +631,29 @@ class Video:
             if time <= last:  # the timestamps are damaged, or it comes before what the file says is its start
                 num_early += time < last - MISSED
                 continue
+            if time >= self.end:
+                break
             image, matrix = read_picture(picture)
-            if matrix:
-                image = upright(image, matrix)
             if size is None:
-                size = image.size
+                size, ends = image.size, time
                 if matrix and abs(matrix[1]) > abs(matrix[0]) and self.sample_aspect_ratio:
                     self.sample_aspect_ratio = 1 / self.sample_aspect_ratio
                 if time > self.start + MAX_LATE / self.rate:
                     self.lost.append(f"what comes before {float(time):.1f} s cannot be read")
-            elif time - ends > max_gap:
-                missing += float(time - ends)
+            missing += float(time - ends) * (time - ends > max_gap)
             duration = (picture.duration or 0) * self.time_base or 1 / self.rate
             last, ends = time, time + duration
-            yield Frame(0, time, duration, image if image.size == size else image.resize(size))
+            if time >= self.start:
+                image = image if image.size == size else image.resize(size)
+                yield Frame(next(numbers), time, duration, image)
         if num_damaged:
             self.lost.append(f"damaged parts were left out or guessed: {num_damaged}")
         if missing and (max_gap != USUAL_GAP or has_hole(self.path)):
             self.lost.append(f"{missing:.1f} s in between are missing")
         if num_early:
             self.lost.append(f"pictures were left out, as the times in it go back: {num_early}")
-        if self._length and max(ends, self.origin + ends) < self._length - MISSED:
+        is_whole = time < self.end  # it was read to its own end
+        if is_whole and self._length and max(ends, self.origin + ends) < self._length - MISSED:
             text = f"it ends at {float(ends):.1f} of {self._length:.1f} s"
             self.lost.append(f"{text}, or its header is wrong")
 
@@ -674,6 +671,10 @@ class Video:
             if first and (first.pts is None or first.pts * self.time_base - self.origin <= self.start):
                 break
         return itertools.chain(filter(None, [first]), pictures)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
 
 
 class Camera:
@@ -705,23 +706,21 @@ class Camera:
             signal.signal(signal.SIGINT, lambda *_: self._is_ended.set())
 
     def frames(self) -> Iterator[Frame]:
-        """Read the frames as they come; their times are those at which they were read."""
-        return trim(self._read(), self.start, self.end)
+        """Read the frames as they come, as `Video.frames`; their times are those at which they were read."""
+        opened, last, numbers = time.monotonic(), -1 / self.rate, itertools.count()
+        while not self._is_ended.is_set():
+            is_read, pixels = self._capture.read()
+            now = round((time.monotonic() - opened) / self.time_base) * self.time_base
+            if not is_read or now >= self.end:
+                break
+            if now >= self.start:
+                yield Frame(next(numbers), now, now - last, Image.fromarray(pixels[:, :, ::-1]))
+            last = now
 
     def close(self) -> None:
         """Give the camera back, and Ctrl-C its meaning."""
         signal.signal(signal.SIGINT, self._handler)
         self._capture.release()
-
-    def _read(self) -> Iterator[Frame]:
-        opened, last = time.monotonic(), -1 / self.rate
-        while not self._is_ended.is_set():
-            is_read, pixels = self._capture.read()
-            if not is_read:
-                return
-            now = round((time.monotonic() - opened) / self.time_base) * self.time_base
-            yield Frame(0, now, now - last, Image.fromarray(pixels[:, :, ::-1]))
-            last = now
 
 
 def camera_name(device: str) -> str:
@@ -734,14 +733,6 @@ def clock_time(text: str) -> float:
     if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text} is not a time; expected seconds, mm:ss or h:mm:ss")
     return sum(float(part) * 60**power for power, part in enumerate(reversed(text.split(":"))))
-
-
-def trim(frames: Iterable[Frame], start: float, end: float) -> Iterator[Frame]:
-    """Pass on the frames from `start` until `end`, s, numbered from 0."""
-    passed = itertools.dropwhile(lambda frame: frame.time < start, frames)
-    wanted = itertools.takewhile(lambda frame: frame.time < end, passed)
-    for number, frame in enumerate(wanted):
-        yield frame._replace(number=number)
 
 
 def in_background(items: Iterator, ahead: int) -> Iterator:

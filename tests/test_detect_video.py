@@ -538,6 +538,15 @@ def test_gap_is_one_line_and_leaves_all_in_step(label, tmp_path):
         assert times_after == pytest.approx([time - before[0][0] for time in times], abs=0.01)
 
 
+def test_damage_counts_only_where_it_is_before_the_end_that_was_asked_for(label, tmp_path):
+    clip = write_beeps(tmp_path / "clip.ts")
+    data, packets = clip.read_bytes(), clip.stat().st_size // 188
+    clip.write_bytes(data[: 188 * (packets * 4 // 10)] + data[188 * (packets * 6 // 10) :])
+    for end, is_damaged in ((0.5, False), (2.5, True)):
+        code, err = label(clip, "--end", end)
+        assert (code, "in between are missing; the rest is labelled" in err) == (is_damaged, is_damaged)
+
+
 def test_videos_joined_end_to_end_go_on(label, tmp_path):
     clip = write_beeps(tmp_path / "clip.ts", codec="mpeg2video", sound="mp2")
     clip.write_bytes(clip.read_bytes() * 2)
