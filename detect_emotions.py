@@ -2281,18 +2281,6 @@ def label_video(
     return summary
 
 
-def load_classifier(path: Path, device: str, emotions: Sequence[str], num_threads: int) -> shared.Classifier:
-    """Read the model of --model, to tell --emotions apart.
-
-    Raises:
-        ValueError: as `model.Classifier`, or an INPUT was taken for an emotion.
-    """
-    if swallowed := [name for name in emotions if Path(name).exists()]:
-        classes = ", ".join(shared.Classifier(path, device, ["all"]).classes)
-        raise ValueError(f"{swallowed[0]} is no emotion, of {classes}; put INPUT before --emotions")
-    return shared.Classifier(path, device, emotions, num_threads)
-
-
 def describe_version(model_path: Path) -> str:
     """Name the versions of this project, in a clone, and of what runs the networks; and the model."""
     root, lines = Path(__file__).parent, []
@@ -2502,7 +2490,12 @@ def build_kit(args: argparse.Namespace, num_threads: int) -> Kit:
         ValueError: an option or its file is wrong.
     """
     device = shared.find_device(args.device)
-    classifier = load_classifier(args.model, device, args.emotions, num_threads)
+    classifier = shared.Classifier(args.model, device, ["all"], num_threads)
+    unknown = [name for name in args.emotions if name not in {*classifier.classes, "all"}]
+    if swallowed := [name for name in unknown if path_kind(Path(name))]:
+        known = ", ".join(classifier.classes)
+        raise ValueError(f"{swallowed[0]} is no emotion, of {known}; put INPUT before --emotions")
+    classifier = classifier.among(args.emotions)
     colors = class_colors(classifier.classes) | ({shared.UNSURE: UNSURE_COLOR} if args.unsure else {})
     hidden, search_every = labels_to_hide(args.blur, colors), args.search_every
     if hidden:

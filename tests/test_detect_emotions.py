@@ -1087,6 +1087,14 @@ def test_emotions_that_are_none_are_one_line(run, calm_model, sample_photo, emot
     assert "\n" not in err.strip()
 
 
+def test_folder_that_is_called_like_an_emotion_does_no_harm(run, calm_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("happy", "all"):
+        Path(name).mkdir()
+    for emotions in (("happy", "sad"), ("all",)):
+        assert run(SAMPLE, "--model", calm_model, "--out-dir", "out", "--emotions", *emotions)[0] == 0
+
+
 def test_unsure_faces_are_called_so_everywhere(run, calm_model, sample_photo, tmp_path):
     options = ("--model", calm_model, "--out-dir", tmp_path, "--csv", tmp_path / "t.csv", "--overwrite")
     _, out, _ = run(sample_photo, *options, "--unsure", "1")
