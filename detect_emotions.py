@@ -439,7 +439,7 @@ def check_outputs(plan: dict[Source, dict[str, Path]], results: Sequence[Path], 
 
     Raises:
         OSError: it is so.
-        ValueError: a result is not to be replaced, see `check_replaceable`.
+        ValueError: a result is not to be replaced, see `check_replaceable`, or a camera's earlier recording.
     """
     paths = [path for each in plan.values() for path in each.values()]
     for group in (*([path] for path in results), paths):
@@ -447,6 +447,11 @@ def check_outputs(plan: dict[Source, dict[str, Path]], results: Sequence[Path], 
         if failures and all(failures):
             raise OSError(failures[0])
     check_replaceable(results, overwrite)
+    for source, outputs in plan.items():
+        for path in (*outputs.values(), *results) if source.device and not overwrite else ():
+            if path_kind(path):
+                why = "is of an earlier run, and what a camera saw does not come again"
+                raise ValueError(f"{path} {why}; --overwrite replaces it, or name another place")
 
 
 # --- frames ---

@@ -371,9 +371,23 @@ def test_camera_has_rows_a_summary_and_crops(run, album, tmp_path):
         "--save-crops",
         tmp_path / "crops",
     )
-    for _ in range(2):  # it is never finished
-        assert run("--camera", album / "clip.mp4", "--out-dir", tmp_path / "out", *tables)[0] == 0
+    options = ("--camera", album / "clip.mp4", *tables)
+    for again in ((), ("--overwrite",)):
+        assert run(*options, "--out-dir", tmp_path / "out", *again)[0] == 0
         stem = detect_emotions.camera_name(str(album / "clip.mp4"))
         assert {row["file"] for row in rows_of(tmp_path / "t.csv")} == {stem}
         assert len(rows_of(tmp_path / "s.csv")) == 1
         assert crops_in(tmp_path / "crops")[0].split("/")[1].startswith(f"{stem}_0_1")
+
+
+def test_recording_of_a_camera_is_replaced_only_by_overwrite(run, album, tmp_path):
+    camera = ("--camera", album / "clip.mp4", "--end", 0.5)
+    recording, table = ("--out-dir", tmp_path / "out"), ("--json", "--csv", tmp_path / "t.csv")
+    for options in (recording, table):
+        assert run(*camera, *options)[0] == 0
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        code, out, err = run(*camera, *options)
+        assert (code, out) == (1, "")
+        assert err.endswith(" does not come again; --overwrite replaces it, or name another place")
+        assert {path: path.read_bytes() for path in before} == before
+        assert run(*camera, *options, "--overwrite")[0] == 0
