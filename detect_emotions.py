@@ -683,7 +683,7 @@ class Video:
 
 
 class Camera:
-    """A camera, or a stream that OpenCV opens; Ctrl-C is its end. The attributes are those of `Video`."""
+    """A camera, or a stream that OpenCV opens; Ctrl-C or SIGTERM is its end. The attributes are those of `Video`."""
 
     batch_size = 1  # so that the window shows what is now
     path, num_frames, time_base = None, None, Fraction(1, 90_000)
@@ -706,9 +706,10 @@ class Camera:
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
         self._is_ended = threading.Event()
-        self._handler = signal.getsignal(signal.SIGINT)
-        if self._handler != signal.SIG_IGN:  # a background run's stays ignored
-            signal.signal(signal.SIGINT, lambda *_: self._is_ended.set())
+        self._handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        for each, handler in self._handlers.items():
+            if handler != signal.SIG_IGN:  # a background run's stays ignored
+                signal.signal(each, lambda *_: self._is_ended.set())
 
     def frames(self) -> Iterator[Frame]:
         """Read the frames as they come, as `Video.frames`; their times are those at which they were read."""
@@ -723,8 +724,9 @@ class Camera:
             last = now
 
     def close(self) -> None:
-        """Give the camera back, and Ctrl-C its meaning."""
-        signal.signal(signal.SIGINT, self._handler)
+        """Give the camera back, and the signals their meaning."""
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
         self._capture.release()
 
 

@@ -1347,6 +1347,24 @@ def test_camera_is_recorded_into_the_folder(run, moving, tmp_path):
     assert times == sorted(set(times))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_a_camera_and_keeps_what_was_recorded(start, moving, tmp_path, stop):
+    clip = write_video(tmp_path / "clip.avi", moving(1000, step=0), codec="mpeg4")
+    process = start(detect_emotions.__file__, "--camera", clip, "--out-dir", tmp_path / "out", "--json")
+    for _ in range(20):
+        process.stdout.readline()
+    process.send_signal(stop)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    stem = detect_emotions.camera_name(str(clip))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        name.replace("clip", stem) for name in OUTPUTS
+    }
+    _, times, _ = read_video(tmp_path / "out" / f"{stem}_emotions.mp4")
+    assert len(times) == 20 + len(out.splitlines()) < 1000
+
+
 def test_camera_that_is_not_there_is_one_line(run):
     code, out, err = run("--camera", 77, "--json")
     assert (code, out) == (1, "")
