@@ -468,6 +468,7 @@ BATCH_PIXELS = 2**25  # that are worked on together: 16 frames of full HD
 MAX_GAP, USUAL_GAP, HOLE_BYTES = 0.7, 0.1, 1000
 BT709 = 1  # FFmpeg's number for the colours of HD video
 COLORSPACES = {*range(8), 9}  # its numbers of those that it makes RGB
+PASSWORD = re.compile("(?<=//)[^/]*@")  # of a camera's address, with the user
 
 
 class Frame(NamedTuple):
@@ -683,7 +684,7 @@ class Video:
 
 
 class Camera:
-    """A camera, or a stream that OpenCV opens; Ctrl-C or SIGTERM is its end. The attributes are those of `Video`."""
+    """A camera, or a stream that OpenCV opens, until Ctrl-C or SIGTERM. The attributes are those of `Video`."""
 
     batch_size = 1  # so that the window shows what is now
     path, num_frames, time_base = None, None, Fraction(1, 90_000)
@@ -702,7 +703,8 @@ class Camera:
         self.name, self.start, self.end, self.lost = camera_name(device), start, end, []
         self._capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
         if not self._capture.isOpened():
-            raise ValueError(f"camera {device} does not open; is it there, and does no other program use it?")
+            name = PASSWORD.sub("", device)
+            raise ValueError(f"camera {name} does not open; is it there, and does no other program use it?")
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
         self._is_ended = threading.Event()
@@ -732,7 +734,7 @@ class Camera:
 
 def camera_name(device: str) -> str:
     """Name a camera's outputs: camera0 for 0."""
-    return "camera" + re.sub(r"\W+", "_", device)
+    return "camera" + re.sub(r"\W+", "_", PASSWORD.sub("", device))
 
 
 def clock_time(text: str) -> float:

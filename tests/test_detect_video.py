@@ -1371,6 +1371,12 @@ def test_camera_that_is_not_there_is_one_line(run):
     assert err == "error: camera 77 does not open; is it there, and does no other program use it?\n"
 
 
+def test_password_of_a_camera_is_told_to_nobody(run):
+    assert detect_emotions.camera_name("rtsp://admin:p@ss@host/a@1") == "camerartsp_host_a_1"
+    code, _, err = run("--camera", "rtsp://admin:secret@127.0.0.1:9/x", "--json")
+    assert (code, "camera rtsp://127.0.0.1:9/x does not open" in err, "secret" in err) == (1, True, False)
+
+
 def test_window_without_a_screen_is_one_line(run, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
