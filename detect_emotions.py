@@ -684,7 +684,7 @@ class Video:
 
 
 class Camera:
-    """A camera, or a stream that OpenCV opens, until Ctrl-C or SIGTERM. The attributes are those of `Video`."""
+    """A camera, or a stream that OpenCV opens, until Ctrl-C or SIGTERM. Attributes as of `Video`."""
 
     batch_size = 1  # so that the window shows what is now
     path, num_frames, time_base = None, None, Fraction(1, 90_000)
@@ -706,7 +706,8 @@ class Camera:
             name = PASSWORD.sub("", device)
             raise ValueError(f"camera {name} does not open; is it there, and does no other program use it?")
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
-        self.rate = Fraction(self._capture.get(cv2.CAP_PROP_FPS) or 30).limit_denominator(1001)
+        rate = self._capture.get(cv2.CAP_PROP_FPS)  # 0, -1, infinite or arbitrary where it is not known
+        self.rate = Fraction(rate if 0.1 < rate < 1000 else 30).limit_denominator(1001)
         self._is_ended = threading.Event()
         self._handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         for each, handler in self._handlers.items():

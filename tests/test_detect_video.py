@@ -1377,6 +1377,20 @@ def test_password_of_a_camera_is_told_to_nobody(run):
     assert (code, "camera rtsp://127.0.0.1:9/x does not open" in err, "secret" in err) == (1, True, False)
 
 
+@pytest.mark.parametrize("rate", [-1.0, 0.0, 1e-5, math.inf, math.nan, 1e9])
+def test_camera_whose_frame_rate_is_nonsense_is_recorded(run, moving, tmp_path, monkeypatch, rate):
+    import cv2
+
+    class Capture(cv2.VideoCapture):
+        def get(self, name):
+            return rate if name == cv2.CAP_PROP_FPS else super().get(name)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    clip = write_video(tmp_path / "clip.avi", moving(3), codec="mpeg4")
+    assert run("--camera", clip, "--out-dir", tmp_path / "out")[0] == 0
+    assert len(read_video(*(tmp_path / "out").glob("*.mp4"))[0]) == 3
+
+
 def test_window_without_a_screen_is_one_line(run, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
