@@ -133,6 +133,39 @@ def test_a_mistake_is_said_once(start, folder, tmp_path, asked, said):
     assert not (tmp_path / "out").exists()
 
 
+# The second process finds a photo that has come since the first looked.
+LATE = """
+import os, shutil, sys
+from torch import distributed
+sys.path.insert(0, {root!r})
+import detect_emotions
+find, is_first = detect_emotions.find_sources, os.environ["RANK"] == "0"
+def find_sources(*args):
+    if not is_first:
+        distributed.barrier()
+        shutil.copy({photo!r}, {late!r})
+    found = find(*args)
+    if is_first:
+        distributed.barrier()
+    return found
+detect_emotions.find_sources = find_sources
+detect_emotions.main()
+"""
+
+
+def test_each_input_is_done_once_though_the_folder_changes_meanwhile(start, folder, tmp_path):
+    (folder / "broken.png").unlink()
+    names = sorted(path.name for path in folder.iterdir())
+    photo, late, script = str(folder / "23.jpg"), str(folder / "0.jpg"), tmp_path / "late_detect_emotions.py"
+    script.write_text(LATE.format(root=str(ROOT), photo=photo, late=late))
+    _, *arguments = options(folder, tmp_path / "out")
+    process = start(*TORCHRUN, "--standalone", "--nproc-per-node", 2, script, *arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert sorted(Path(line.split("\t")[0]).name for line in out.splitlines()) == names
+    assert (tmp_path / "out" / "faces.csv").read_text().count(",happy,") == len(names)
+
+
 def test_shares_are_of_about_the_same_work(tmp_path):
     sources = []
     for i, size in enumerate((10, 20, 30, 40, 50, 900)):
