@@ -2488,6 +2488,7 @@ def label_all(
                     summary = label_video(video, outputs, kit, results, window)
                 results.finish_video(source, outputs, summary)
                 if video.lost:
+                    os.utime(outputs["timeline"], (0, 0))  # older than the video, so it is not finished
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
             if window and window.is_left:
                 break

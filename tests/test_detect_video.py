@@ -716,6 +716,25 @@ def test_truncated_video_is_labelled_as_far_as_it_goes(run, real_data, tmp_path)
     assert 10 < len(read_video(tmp_path / "clip_emotions.mp4")[0]) < 62
 
 
+def test_video_that_was_read_in_part_is_not_finished(run, tmp_path):
+    clip = write_beeps(tmp_path / "clip.avi", codec="mpeg4", sound="pcm_s16le")
+    whole, out, table = (
+        clip.read_bytes(),
+        ("--out-dir", tmp_path / "out"),
+        ("--csv", tmp_path / "out" / "t.csv"),
+    )
+    clip.write_bytes(whole[: len(whole) // 2])
+    for options in (table, table, ()):
+        code, _, err = run(tmp_path, *out, *options)
+        assert (code, " of 3.0 s, or its header is wrong; the rest is labelled" in err) == (1, True)
+    before = clip.stat()
+    clip.write_bytes(whole)
+    os.utime(clip, ns=(before.st_atime_ns, before.st_mtime_ns))  # as after an error in reading
+    for is_finished in (False, True):
+        code, _, err = run(tmp_path, *out)
+        assert (code, "finished before" in err) == (0, is_finished)
+
+
 def test_bad_videos_do_not_lose_the_good_one(run, moving, tmp_path):
     good = write_video(tmp_path / "clip.mp4", moving(3))
     (tmp_path / "text.mp4").write_text("not a video")
