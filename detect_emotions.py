@@ -1563,7 +1563,8 @@ class Crops:
         """Take the list, all sources, and whether files that are not this script's may be replaced."""
         self.table, self._overwrite = table, overwrite
         self._before: dict[str, set[str]] = defaultdict(set)  # crops of a former run, by file as in its table
-        with suppress(OSError, ValueError, csv.Error), table.path.open(newline="", encoding="utf-8") as file:
+        damages = (OSError, ValueError, KeyError, csv.Error)
+        with suppress(*damages), table.path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 self._before[row["file"] or ""].add(row["crop"] or "")
         bases = name_apart(sources, lambda _, base: [table.path.parent / base])

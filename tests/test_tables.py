@@ -356,6 +356,19 @@ def test_crops_that_cannot_be_written_are_found_before_the_work(run, album, tmp_
     assert not list(album.glob("*_emotions*"))
 
 
+def test_list_of_crops_of_another_program_is_replaced_only_by_overwrite(run, people, tmp_path):
+    photo, crops = tmp_path / "x.png", tmp_path / "crops"
+    people[0].save(photo)
+    crops.mkdir()
+    for others in ("name,phone\nAda,1\n", "file,person\na,1\n"):
+        (crops / "crops.csv").write_text(others)
+        code, out, err = run(photo, "--save-crops", crops)
+        assert (code, out, (crops / "crops.csv").read_text()) == (1, "", others)
+        assert err.startswith(f"error: {crops / 'crops.csv'} does not say that this program wrote it; ")
+    assert run(photo, "--save-crops", crops, "--overwrite")[0] == 0
+    assert [row["file"] for row in rows_of(crops / "crops.csv")] == [str(photo)]
+
+
 def test_unsure_faces_give_no_crops(run, album, tmp_path):
     run(album, "--save-crops", tmp_path / "crops", "--unsure", 1)
     assert crops_in(tmp_path / "crops") == []
