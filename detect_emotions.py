@@ -1570,13 +1570,14 @@ class Crops:
         bases = name_apart(sources, lambda _, base: [table.path.parent / base])
         self._bases = {str(source.path): base for source, base in bases.items()}
         self._cut: dict[int, float] = {}  # s, when a crop of a track was last cut
-        self._hashes: dict[str, list[int]] = defaultdict(list)  # of the crops, by emotion
+        self._hashes: dict[str, list[int]] | None = None  # of the crops, by emotion; None: not read yet
 
     def begin(self) -> None:
         """Begin an input."""
         self._cut.clear()
         self._names: set[str] = set()
-        if not self._hashes:
+        if self._hashes is None:
+            self._hashes = defaultdict(list)
             for *_, emotion, _, _, text in self.table.rows():
                 self._hashes[emotion].append(int(text, 16))
 

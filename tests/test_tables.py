@@ -369,6 +369,15 @@ def test_list_of_crops_of_another_program_is_replaced_only_by_overwrite(run, peo
     assert [row["file"] for row in rows_of(crops / "crops.csv")] == [str(photo)]
 
 
+def test_faceless_photos_do_not_have_the_crops_read_again_and_again(run, tmp_path, monkeypatch):
+    for number in range(5):
+        Image.new("RGB", (90, 60), "gray").save(tmp_path / f"{number}.png")
+    read, rows = [], Table.rows
+    monkeypatch.setattr(Table, "rows", lambda table: read.append(table) or rows(table))
+    assert run(tmp_path, "--save-crops", tmp_path / "crops")[0] == 0
+    assert len(read) == 2  # before the first photo, and for the table
+
+
 def test_unsure_faces_give_no_crops(run, album, tmp_path):
     run(album, "--save-crops", tmp_path / "crops", "--unsure", 1)
     assert crops_in(tmp_path / "crops") == []
