@@ -1935,7 +1935,7 @@ class Window:
         Raises:
             ValueError: there is no screen.
         """
-        self._cv2, self._name, self._opened, self.is_left = load_opencv(), name, None, False
+        self._cv2, self._name, self.is_left = load_opencv(), name, False
         has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
         if sys.platform == "linux" and not has_screen:  # Qt would end the process
             raise ValueError("there is no screen for a live window; leave --show out, or record by --out-dir")
@@ -1944,11 +1944,12 @@ class Window:
         except self._cv2.error:
             raise ValueError("this OpenCV has no windows; pip install opencv-python, not -headless") from None
 
-    def show(self, image: Image.Image, time_s: float) -> bool:
-        """Show an image at its time since the first; return whether nobody pressed q or closed the window."""
-        self._opened = self._opened or time.monotonic() - time_s
+    def show(self, frame: Frame, image: Image.Image) -> bool:
+        """Show a frame's image when it is due; return whether nobody pressed q or closed the window."""
+        if frame.number == 0:
+            self._began = time.monotonic() - float(frame.time)
         self._cv2.imshow(self._name, np.asarray(image)[:, :, ::-1])
-        ahead = time_s - (time.monotonic() - self._opened)
+        ahead = float(frame.time) - (time.monotonic() - self._began)
         wait_ms = max(5, round(1000 * ahead))  # in less a window on a busy machine was never painted
         is_quit = self._cv2.waitKey(wait_ms) == ord("q")
         self.is_left = is_quit or self._cv2.getWindowProperty(self._name, self._cv2.WND_PROP_VISIBLE) < 1
@@ -2280,7 +2281,7 @@ def label_video(
             if "video" in parts:
                 writer = writer or stack.enter_context(VideoWriter(parts["video"], video, frame))
                 writer.write(frame, image)
-            if window and not window.show(image, float(frame.time)):
+            if window and not window.show(frame, image):
                 break
         if summary.start is None:
             reason = "; ".join(video.lost) or "it is empty, or --start and --end leave none"

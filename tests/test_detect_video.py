@@ -1353,6 +1353,41 @@ def test_live_window_shows_the_labelled_frames(start, moving, screen, tmp_path, 
     assert names == {"clip.mp4", *(OUTPUTS[1:] if source == "file" else ())}
 
 
+class FakeScreen:
+    """Stands for OpenCV's windows and for the clock, which goes on only while a picture is shown."""
+
+    error, WINDOW_AUTOSIZE, WINDOW_GUI_NORMAL, WND_PROP_VISIBLE = RuntimeError, 0, 0, 0
+
+    def __init__(self):
+        self.now, self.waits_ms = 1000.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def waitKey(self, wait_ms):  # noqa: N802
+        self.waits_ms.append(wait_ms)
+        self.now += wait_ms / 1000
+        return -1
+
+    def namedWindow(self, *_):  # noqa: N802
+        pass
+
+    imshow = namedWindow
+
+    def getWindowProperty(self, *_):  # noqa: N802
+        return 1
+
+
+def test_each_video_in_the_window_keeps_its_own_pace(run, moving, tmp_path, monkeypatch):
+    screen = FakeScreen()
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(detect_emotions, "load_opencv", lambda: screen)
+    monkeypatch.setattr(detect_emotions, "time", screen)
+    clips = [write_video(tmp_path / f"{name}.mp4", moving(5, step=0)) for name in "ab"]
+    assert run(*clips, "--show", "--no-video")[0] == 0
+    assert screen.waits_ms == [5, 35, 40, 40, 40] * 2  # the first picture is shown for a moment
+
+
 def test_camera_is_recorded_into_the_folder(run, moving, tmp_path):
     clip = write_video(tmp_path / "clip.avi", moving(12), codec="mpeg4")
     code, out, err = run("--camera", clip, "--out-dir", tmp_path / "out")
