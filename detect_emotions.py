@@ -168,20 +168,22 @@ def source_kind(path: Path) -> str:
     return named
 
 
-def list_files(text: str, recursive: bool, left_out: Counter[str]) -> list[Path] | None:
+def list_files(
+    text: str, recursive: bool, left_out: Counter[str], unreadable: list[Path]
+) -> list[Path] | None:
     """List the files of a folder or pattern, sorted; return None if the text is the name of one file.
 
-    Folders that are not looked into are counted in `left_out`.
+    Folders that are not looked into are counted in `left_out`, those that cannot be get into `unreadable`.
     """
-    path, files, errors = Path(text), [], []
+    path, files = Path(text), []
     if path_kind(path) == "folder":
-        for folder, subfolders, names in os.walk(path, onerror=errors.append):
+        for folder, subfolders, names in os.walk(path, onerror=lambda e: unreadable.append(Path(e.filename))):
             files += [Path(folder, name) for name in names]
             if not recursive:
                 left_out["subfolder (see --recursive)"] += len(subfolders)
                 break
-            left_out["linked folder"] += sum(Path(folder, name).is_symlink() for name in subfolders)
-        left_out["unreadable folder"] += len(errors)
+            paths = [os.path.join(folder, name) for name in subfolders]  # noqa: PTH118
+            left_out["linked folder"] += sum(map(os.path.islink, paths))  # Path's may raise
         return sorted(files)
     if not glob.has_magic(text) or path_kind(path):
         return None
@@ -209,20 +211,21 @@ def find_sources(
 ) -> list[Source]:
     """List the photos and videos that the inputs name, each once: files, folders, patterns with * ? [].
 
-    A folder's subfolders return in `out_dir`. Other files of folders and patterns are counted in `left_out`.
+    A folder's subfolders return in `out_dir`; those that cannot be read are sources too, which fail. Other
+    files of folders and patterns are counted in `left_out`.
 
     Raises:
         ValueError: a folder or pattern has none, or an input is no file.
     """
     sources = {}
     for text in inputs:
-        path, reasons = Path(text), Counter()
+        path, reasons, unreadable = Path(text), Counter(), []
         kind = path_kind(path)
         if kind is None and re.match(r"[\w+.-]+://", text):
             raise ValueError(f"{text} is an address; name a file, or label a stream with --camera ADDRESS")
         if kind == "device":
             raise ValueError(f"{text} is a pipe or a device; save what it gives as a file")
-        files = list_files(text, recursive, reasons)
+        files = list_files(text, recursive, reasons, unreadable)
         is_named = files is None
         if is_named:
             files = [path]
@@ -230,7 +233,7 @@ def find_sources(
             why = {file: why_left_out(file) for file in files}
             reasons.update(filter(None, why.values()))
             files = [file for file, reason in why.items() if not reason]
-            if not files and not reasons[OWN]:
+            if not (files or unreadable or reasons[OWN]):
                 others = f" ({in_words(reasons)})" if +reasons else ""
                 remedy = "name files, or a folder with --recursive"
                 raise ValueError(f"{text} has no photos or videos{others}; {remedy}")
@@ -240,6 +243,8 @@ def find_sources(
             source = Source(file, source_kind(file), out_dir / below if out_dir else file.parent, is_named)
             if is_named or real_path(file) not in sources:
                 sources[real_path(file)] = source
+        for folder in unreadable:  # it fails in its turn, as a photo that cannot be read does
+            sources[real_path(folder)] = Source(folder, "photo", None, is_named=False)
     return list(sources.values())
 
 

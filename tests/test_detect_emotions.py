@@ -2,6 +2,7 @@ import csv
 import fnmatch
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -541,6 +542,31 @@ def test_links_to_folders_are_not_followed_but_counted(run, small, tmp_path):
     (tmp_path / "deeper" / "loop").symlink_to(tmp_path)
     code, out, err = run(tmp_path, "--recursive")
     assert (code, labelled(out), err) == (0, ["a.png"], "left out: linked folder 1\n")
+
+
+@pytest.fixture
+def unreadable(tmp_path, monkeypatch):
+    """A folder whose path is longer than the system takes, which not even root may read."""
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        for _ in range(17):
+            Path("d" * 250).mkdir()
+            os.chdir("d" * 250)
+    parts = ["d" * 250] * math.ceil((4096 - len(str(tmp_path))) / 251)
+    return tmp_path.joinpath(*parts)
+
+
+@pytest.mark.parametrize("has_photo", [True, False])
+def test_subfolder_that_cannot_be_read_is_named_and_the_rest_labelled(
+    run, small, tmp_path, unreadable, has_photo
+):
+    if has_photo:
+        small.save(tmp_path / "a.png")
+    code, out, err = run(tmp_path, "--recursive")
+    assert (code, labelled(out)) == (1, ["a.png"] * has_photo)
+    error, left_out = err.splitlines()
+    assert error == f"error: {unreadable} cannot be read: File name too long"
+    assert left_out == "left out: failed, see above 1"
 
 
 def test_folder_of_other_files_is_named_with_what_it_has(run, tmp_path):
