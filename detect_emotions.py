@@ -2546,7 +2546,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.version:
         print(describe_version(args.model))
     if args.export:
-        check_replaceable([args.export], args.overwrite)
+        replaced = args.export
+        if replaced.suffix == ".xml" and not path_kind(replaced):
+            replaced = replaced.with_suffix(".bin")  # has no mark; beside an .xml it is part of that
+        check_replaceable([replaced], args.overwrite)
         shared.export_network(args.model, args.export, MARK)
         print(shared.printable(f"wrote {args.export}"))
     if args.version or args.export:

@@ -1261,6 +1261,18 @@ def test_an_exported_model_gives_the_probabilities_of_its_checkpoint(tmp_path, c
     assert path.read_bytes() == b"a network of somebody"
 
 
+def test_export_replaces_no_weights_of_another_program(tmp_path, small_model):
+    export = ["--model", str(small_model), "--export", str(tmp_path / "small.xml")]
+    weights = tmp_path / "small.bin"
+    weights.write_bytes(b"weights of somebody")
+    with pytest.raises(SystemExit, match=r"small\.bin does not say that this program wrote it; --overwrite"):
+        detect_emotions.main(export)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"weights of somebody"]
+    detect_emotions.main([*export, "--overwrite"])
+    detect_emotions.main(export)  # in the place of its own
+    assert weights.stat().st_size > 1000
+
+
 @pytest.mark.slow
 def test_the_example_without_torch_gives_the_probabilities_of_the_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason="no ONNX; pip install onnx onnxscript onnxruntime")
