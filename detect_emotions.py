@@ -1467,7 +1467,12 @@ class Table:
             BlockingIOError: another run is at work on it.
             ValueError: another run has just taken its journal away.
         """
+        rank, num_processes = shared.place()
         with shared.only_writer_of(self.path):
+            for journal in self._journals() if self._is_anew and rank == 0 else ():
+                number = journal.name.rpartition("-")[2]
+                if number.isdecimal() and int(number) >= num_processes and is_own(journal):
+                    journal.unlink()  # of an earlier run; those of this one begin their own anew
             known = self.parts
             self._read()
             if not known.items() <= self.parts.items():
@@ -1481,7 +1486,7 @@ class Table:
                 with self.journal.open("ab") as self._file:
                     self.begin()
                     yield
-                if shared.place()[0] == 0:
+                if rank == 0:
                     self._write(columns)
             finally:
                 if not self.parts:

@@ -202,6 +202,19 @@ def test_journal_with_other_columns_is_begun_anew(run, album, tmp_path):
     assert journal.read_bytes() == expected
 
 
+def test_rows_that_were_made_anew_are_not_replaced_by_those_of_an_earlier_process(run, album, tmp_path):
+    photo, table, journal = album / "a.png", tmp_path / "t.csv", tmp_path / ".t.csv.journal"
+    run(photo, "--csv", table)
+    others, backup = tmp_path / ".t.csv.journal-1", tmp_path / ".t.csv.journal-of-mine"
+    head, row, end = journal.read_bytes().splitlines(keepends=True)
+    others.write_bytes(b"".join([head, row, row, end]))  # of torchrun's second process, with another version
+    backup.write_bytes(b"mine")
+    assert labelled(run(photo, "--csv", table, "--overwrite")[1]) == ["a.png"]
+    expected = table.read_bytes()
+    assert run(photo, "--csv", table)[1] == ""
+    assert (table.read_bytes(), others.exists(), backup.read_bytes()) == (expected, False, b"mine")
+
+
 def test_two_runs_do_not_write_one_table(album, run, tmp_path):
     other = Table(tmp_path / "t.csv", {}, [], False)
     with other.writing(["file"], []):
