@@ -83,7 +83,7 @@ KEPT_FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")  # cop
 # An output is replaced only by --overwrite, unless it has this in its metadata or, a table, begins so.
 MARK = "Emotion detector, detect_emotions.py"
 TABLES = (b"file,face,", b"file,track,", b"file,frame,track,", b"frame,time,track,", b"track,first,last,")
-MARKED_WITHIN = 2**25  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
+MARKED_WITHIN = 2**27  # bytes; an MP4's metadata stand behind the index of its frames, 1 MB for 20 minutes
 OWN = "made by this program"  # of the reasons why a file is left out
 REPORT_PAGE = shared.RESOURCES / "report.html"
 ENDINGS = {"video": ".mp4", "faces": ".csv", "tracks": "_tracks.csv", "timeline": "_timeline.png"}

@@ -660,6 +660,16 @@ def test_own_file_named_as_a_copy_is_an_input_of_its_folder(run, small, tmp_path
     assert names(tmp_path) == ["mixed_emotions.png", "mixed_emotions_emotions.png"]
 
 
+def test_copy_of_a_video_of_a_whole_day_is_known_by_its_mark(tmp_path):
+    """Before the mark stands the index of its frames, 1 MB for 20 minutes, and behind it what they show."""
+    copy = tmp_path / "day_emotions.mp4"
+    with copy.open("wb") as file:
+        for place, text in ((4, "ftyp"), (72 * 10**6, MARK), (90 * 10**6, "end")):
+            file.seek(place)
+            file.write(text.encode())
+    assert detect_emotions.is_own(copy)
+
+
 def test_table_is_replaced_only_by_its_like_or_by_overwrite(run, small, tmp_path):
     photo, table = tmp_path / "x.png", tmp_path / "faces.csv"
     small.save(photo)
