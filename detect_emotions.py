@@ -2304,6 +2304,45 @@ def label_video(
     return summary
 
 
+@contextmanager
+def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
+    """Let an error of one source be a line on stderr and in `failures`; the others are still worth it."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+        if is_bug or isinstance(error, BrokenPipeError):
+            raise
+        failures[source] = str(error)
+        if isinstance(error, MemoryError | RuntimeError):
+            failures[source] = f"{source.path} needs more memory than there is"
+        tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)
+
+
+def label_all(
+    plan: dict[Source, dict[str, Path]], kit: Kit, results: Results, window: Window | None, num_threads: int
+) -> None:
+    """Label what is planned, photos in so many threads, and add it to the results."""
+    is_silent = True if len(plan) == 1 or not results.is_first else None  # None: unless stderr is a screen
+    with closing(label_ahead(plan, kit, num_threads)) as labelled:
+        for source, outputs, label in tqdm(labelled, total=len(plan), unit="file", disable=is_silent):
+            results.begin()
+            with surviving(source, results.failures):
+                if source.kind == "photo":
+                    results.finish_photo(source, *label())
+                    continue
+                check_replaceable(outputs.values(), kit.overwrite)
+                opened = Camera if source.device else Video
+                with closing(opened(source.device or source.path, kit.start, kit.end)) as video:
+                    summary = label_video(video, outputs, kit, results, window)
+                results.finish_video(source, outputs, summary)
+                if video.lost:
+                    os.utime(outputs["timeline"], (0, 0))  # older than the video, so it is not finished
+                    raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
+            if window and window.is_left:
+                break
+
+
 def describe_version(model_path: Path) -> str:
     """Name the versions of this project, in a clone, and of what runs the networks; and the model."""
     root, lines = Path(__file__).parent, []
@@ -2466,45 +2505,6 @@ def check_shareable(args: argparse.Namespace) -> None:
     options |= {"--csv -": args.csv == STDOUT, "--report": args.report, "--save-crops": args.save_crops}
     if asked := [option for option, is_asked in options.items() if is_asked]:
         raise ValueError(f"{asked[0]} is for one process; leave it out, or start without torchrun")
-
-
-@contextmanager
-def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
-    """Let an error of one source be a line on stderr and in `failures`; the others are still worth it."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
-        if is_bug or isinstance(error, BrokenPipeError):
-            raise
-        failures[source] = str(error)
-        if isinstance(error, MemoryError | RuntimeError):
-            failures[source] = f"{source.path} needs more memory than there is"
-        tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)
-
-
-def label_all(
-    plan: dict[Source, dict[str, Path]], kit: Kit, results: Results, window: Window | None, num_threads: int
-) -> None:
-    """Label what is planned, photos in so many threads, and add it to the results."""
-    is_silent = True if len(plan) == 1 or not results.is_first else None  # None: unless stderr is a screen
-    with closing(label_ahead(plan, kit, num_threads)) as labelled:
-        for source, outputs, label in tqdm(labelled, total=len(plan), unit="file", disable=is_silent):
-            results.begin()
-            with surviving(source, results.failures):
-                if source.kind == "photo":
-                    results.finish_photo(source, *label())
-                    continue
-                check_replaceable(outputs.values(), kit.overwrite)
-                opened = Camera if source.device else Video
-                with closing(opened(source.device or source.path, kit.start, kit.end)) as video:
-                    summary = label_video(video, outputs, kit, results, window)
-                results.finish_video(source, outputs, summary)
-                if video.lost:
-                    os.utime(outputs["timeline"], (0, 0))  # older than the video, so it is not finished
-                    raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
-            if window and window.is_left:
-                break
 
 
 def build_kit(args: argparse.Namespace, num_threads: int) -> Kit:
