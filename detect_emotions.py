@@ -440,10 +440,10 @@ def check_replaceable(paths: Iterable[Path], overwrite: bool) -> None:
 
 
 def check_outputs(plan: dict[Source, dict[str, Path]], results: Sequence[Path], overwrite: bool) -> None:
-    """Find out before the work if one of the `results` cannot be written, or nothing else can.
+    """Raise before the work starts if any result, or every other output, cannot be written.
 
     Raises:
-        OSError: it is so.
+        OSError: the reason.
         ValueError: a result is not to be replaced, see `check_replaceable`, or a camera's earlier recording.
     """
     paths = [path for each in plan.values() for path in each.values()]
@@ -1245,8 +1245,10 @@ def place_labels(
         for i in range(len(boxes)):
             labels[i] = 0
             face_costs = np.where(np.arange(len(boxes)) == i, OWN_FACE_COST, 1)
-            hidden = overlaps(places[i], boxes) @ face_costs + LABEL_COST * overlaps(places[i], labels).sum(1)
-            cost = hidden / sizes[i][0][1] ** 2 + STEP_COST * np.arange(len(places[i]))
+            covered = overlaps(places[i], boxes) @ face_costs + LABEL_COST * overlaps(places[i], labels).sum(
+                1
+            )
+            cost = covered / sizes[i][0][1] ** 2 + STEP_COST * np.arange(len(places[i]))
             if before[i] is not None:
                 cost += MOVE_COST * (np.arange(len(cost)) != before[i])
             cost[(places[i] < 0).any(1)] = np.inf  # does not fit into the image
@@ -1369,7 +1371,7 @@ def write_rows(file: TextIO, rows: Iterable[Sequence], num_columns: int) -> None
 
 
 @contextmanager
-def needed(name: str | Path) -> Iterator[None]:
+def fatal_if_unwritable(name: str | Path) -> Iterator[None]:
     """Let a result that cannot be written end the run, however many inputs are left."""
     try:
         yield
@@ -1413,13 +1415,13 @@ class Table:
             raise ValueError(f"{path} needs pyarrow, which is not there; pip install pyarrow, or name a .csv")
         self.path, self._is_anew, (rank, _) = path, is_anew, shared.place()
         self.journal = path.with_name(f".{path.name}.journal{f'-{rank}' if rank else ''}")
-        about = {"written_by": MARK, "format": JOURNAL_FORMAT, **settings}
-        self._head = f"{json.dumps(about)}\n".encode()
+        head = {"written_by": MARK, "format": JOURNAL_FORMAT, **settings}
+        self._head = f"{json.dumps(head)}\n".encode()
         self._stamps = {}
         for source in sources:
             with suppress(OSError):  # a camera, or a file that is missing, which is found out later
-                about = source.path.stat()
-                self._stamps[str(source.path)] = [about.st_size, about.st_mtime_ns]
+                state = source.path.stat()
+                self._stamps[str(source.path)] = [state.st_size, state.st_mtime_ns]
         self._order = [str(source.path) for source in sources]
         self._read()
 
@@ -1494,19 +1496,19 @@ class Table:
 
     def begin(self) -> None:
         """Begin an input; what was added of one that failed is dropped."""
-        with needed(self.path):
+        with fatal_if_unwritable(self.path):
             self._file.flush()
             self._file.truncate(self._end)
 
     def add(self, rows: Iterable[Sequence]) -> None:
         """Add rows of the input that was begun; their cells are what JSON has."""
-        with needed(self.path):
+        with fatal_if_unwritable(self.path):
             self._file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
 
     def finish(self, source: Source) -> None:
         """Take in that an input has all its rows."""
         name = str(source.path)
-        with needed(self.path):
+        with fatal_if_unwritable(self.path):
             self._file.flush()
             end = self._file.seek(0, os.SEEK_END)
             self._file.write(f"{json.dumps({'file': name, 'stamp': self._stamps.get(name)})}\n".encode())
@@ -1534,7 +1536,7 @@ def print_rows(rows: Iterable[Sequence], num_columns: int) -> None:
     """Print rows as CSV, for --csv -."""
     text = io.StringIO()
     write_rows(text, rows, num_columns)
-    with needed("standard output"):
+    with fatal_if_unwritable("standard output"):
         tqdm.write(text.getvalue(), end="")
         sys.stdout.flush()
 
@@ -1544,7 +1546,7 @@ def print_record(record: dict, style: str) -> None:
     file = shared.printable(record["file"])
     if not record["faces"] and "frame" not in record:
         tqdm.write(f"{file}: no face found", file=sys.stderr)
-    with needed("standard output"):
+    with fatal_if_unwritable("standard output"):
         if style == "json":
             tqdm.write(f"{json.dumps(record)}\n", end="")  # in one piece, for others may write there too
         elif style == "text" and "frame" not in record:
@@ -1749,7 +1751,7 @@ class Summary:
             top = int(np.argmax(seconds))
             counts = f"{len(tracks)} track{'s' * (len(tracks) > 1)}, {float(self.end - self.start):.1f} s"
             name, share = shared.printable(path), seconds[top] / sum(seconds)
-            with needed("standard output"):
+            with fatal_if_unwritable("standard output"):
                 tqdm.write(f"{name}\t{counts}\t{self.labels[top]}\t{share:.2f}\n", end="")
 
     def runs(self, track: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -2053,7 +2055,7 @@ def open_report(
     with shared.filling_page(REPORT_PAGE, path) as add_line:
 
         def add(value: object) -> None:
-            with needed(path):
+            with fatal_if_unwritable(path):
                 add_line(value)
 
         yield Report(add, path.parent, kit, model_path)
@@ -2382,17 +2384,17 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of how videos are labelled, and which part."""
-    add, positive = parser.add_argument_group("videos").add_argument, shared.number(float, 0)
+    add, not_negative = parser.add_argument_group("videos").add_argument, shared.number(float, 0)
     add("--start", type=clock_time, default=0.0, metavar="T", help="begin videos there, s or h:mm:ss")
     add("--end", type=clock_time, default=math.inf, metavar="T", help="end videos there, s or h:mm:ss")
     each = "classify a video's faces in every so many frames"
     add("--every", type=shared.number(int, 1), default=3, metavar="N", help=each)
     search = "search a whole frame so often, s; 0: each frame; between, faces are followed"
-    add("--search-every", type=positive, default=0.3, metavar="S", help=search)
+    add("--search-every", type=not_negative, default=0.3, metavar="S", help=search)
     smooth = "time constant of smoothing probabilities in videos, s; 0: do not"
-    add("--smooth", type=positive, default=0.5, metavar="S", help=smooth)
+    add("--smooth", type=not_negative, default=0.5, metavar="S", help=smooth)
     rejoin = "a face that comes back within so many s keeps its number, if it looks the same; 0: never"
-    add("--rejoin", type=positive, default=30.0, metavar="S", help=rejoin)
+    add("--rejoin", type=not_negative, default=30.0, metavar="S", help=rejoin)
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
@@ -2591,7 +2593,8 @@ def main(argv: list[str] | None = None) -> None:
     window = Window("emotions, q ends") if is_live else None
     # A thread more than there are cores, for a photo that is being read or written.
     num_threads = shared.num_cores() + 1 if len(plan) > 1 and not window else 1
-    is_album = all(source.kind == "photo" for source in plan)  # all cores search a video's frames together
+    # Photos only: each thread calls the networks on one core. With a video, one call uses all cores.
+    is_album = all(source.kind == "photo" for source in plan)
     kit = build_kit(args, num_threads if is_album else 1)
     with results.writing(kit, args.model, list(plan)):
         label_all(share_out(plan, num_processes)[rank], kit, results, window, num_threads)
