@@ -1435,9 +1435,15 @@ def test_password_of_a_camera_is_told_to_nobody(run):
 def test_camera_whose_frame_rate_is_nonsense_is_recorded(run, moving, tmp_path, monkeypatch, rate):
     import cv2
 
-    class Capture(cv2.VideoCapture):
+    class Capture:
+        def __init__(self, *args, capture=cv2.VideoCapture):
+            self.capture = capture(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
         def get(self, name):
-            return rate if name == cv2.CAP_PROP_FPS else super().get(name)
+            return rate if name == cv2.CAP_PROP_FPS else self.capture.get(name)
 
     monkeypatch.setattr(cv2, "VideoCapture", Capture)
     clip = write_video(tmp_path / "clip.avi", moving(3), codec="mpeg4")
