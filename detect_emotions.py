@@ -1245,9 +1245,8 @@ def place_labels(
         for i in range(len(boxes)):
             labels[i] = 0
             face_costs = np.where(np.arange(len(boxes)) == i, OWN_FACE_COST, 1)
-            covered = overlaps(places[i], boxes) @ face_costs + LABEL_COST * overlaps(places[i], labels).sum(
-                1
-            )
+            covered = overlaps(places[i], boxes) @ face_costs
+            covered += LABEL_COST * overlaps(places[i], labels).sum(1)
             cost = covered / sizes[i][0][1] ** 2 + STEP_COST * np.arange(len(places[i]))
             if before[i] is not None:
                 cost += MOVE_COST * (np.arange(len(cost)) != before[i])
@@ -2450,8 +2449,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("inputs", nargs="*", metavar="INPUT", help="photo, video, folder of them, or pattern")
     add("--recursive", action="store_true", help="look into a folder's subfolders too")
     overwrite = (
-        "do again what is finished in a folder or pattern, and replace files that do not say, by their "
-        "metadata or a table's first columns, that this program wrote them"
+        "do again what is finished in a folder or pattern, and replace a camera's recording, or files that "
+        "do not say, by their metadata or a table's first columns, that this program wrote them"
     )
     add("--overwrite", action="store_true", help=overwrite)
     add("--camera", metavar="N", help="label a camera live: its number, or a stream's address")
