@@ -2311,12 +2311,11 @@ def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        is_bug = isinstance(error, RuntimeError) and "alloc" not in str(error)
+        lacks_memory = shared.lacks_memory(error)
+        is_bug = isinstance(error, RuntimeError) and not lacks_memory
         if is_bug or isinstance(error, BrokenPipeError):
             raise
-        failures[source] = str(error)
-        if isinstance(error, MemoryError | RuntimeError):
-            failures[source] = f"{source.path} needs more memory than there is"
+        failures[source] = f"{source.path} needs more memory than there is" if lacks_memory else str(error)
         tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)
 
 
