@@ -2297,13 +2297,14 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Mix in bfloat16 where the device is faster at it: CUDA, and CPUs that have instructions for it."""
+    """Mix in bfloat16 where the device is faster at it: GPUs and CPUs that have instructions for it."""
     import torch
 
-    able = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or (
-        device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    )
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # since Ampere
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -2518,7 +2519,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) 
     """
     weights = targets.sum(-1, keepdim=True)
     smooth = (1 - label_smoothing) * targets + label_smoothing / targets.shape[-1] * weights
-    return -(smooth * logits.view(targets.shape).log_softmax(-1)).flatten(1).sum(1).mean()
+    return -(smooth * logits.float().view(targets.shape).log_softmax(-1)).flatten(1).sum(1).mean()
 
 
 def judge_collections(
@@ -2749,7 +2750,7 @@ class Classifier:
         """Classify N crops of any mode and size in one batch; return probabilities (N, C) float32."""
         size = self.image_size
         images = np.empty((len(crops), size, size, 1), np.float32)
-        for i, crop in enumerate(crops):  # as normalize_faces, which trained it, resizes: not rounded
+        for i, crop in enumerate(crops):  # enlarged as normalize_faces, which trained it, does: not rounded
             gray = _in_mode(crop, "L").convert("F")
             images[i, :, :, 0] = gray.resize((size, size), Image.Resampling.BILINEAR)
         [logits] = self._engine(images)
