@@ -2947,6 +2947,8 @@ def one_line_errors(main: Callable) -> Callable:
                     main(argv)  # the warning's error, at twice the size, stays
             finally:
                 _flush_stdout()
+            if place()[1] > 1:  # else its threads may abort the process as it ends
+                sys.modules["torch"].distributed.destroy_process_group()
         except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except Exception as error:
