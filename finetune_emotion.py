@@ -853,7 +853,7 @@ def train_on(
 
     device = val["photos"].device
     run.start(net, device, sizes, resume=resume)
-    start = {name: value.clone() for name, value in net.state_dict().items()}
+    start = {name: value.cpu().clone() for name, value in net.state_dict().items()}
     before = judged(net, parent["temperature"])
     how = {"schedule": schedule, "label_smoothing": label_smoothing, "parent": parent, "resume": resume}
     best = shared.fit_classifier(net, train, {"photos": val["photos"]}, run=run, **how)
