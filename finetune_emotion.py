@@ -317,8 +317,13 @@ class Rehearsed:
         self.photos, self.others = photos, others
 
     def __len__(self) -> int:
-        steps = math.ceil(len(self.photos) / self.photos.batch_size)
-        return len(self.photos) + steps * self.others.batch_size
+        import torch
+
+        photos, others = (
+            [len(batch) for batch in shared.split_batches(torch.arange(len(part)), part.batch_size)]
+            for part in (self.photos, self.others)
+        )
+        return sum(photos) + sum(itertools.islice(itertools.cycle(others), len(photos)))
 
     def train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch of the photos' batches, each with a batch of the other faces joined to it."""

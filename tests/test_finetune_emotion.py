@@ -109,7 +109,7 @@ def test_single_faces_are_cut_and_the_rest_is_counted(tmp_path, options, capsys)
         *("angry/0.jpg.png", "angry/more/1.jpg.png", "happy/0.jpg.png", "happy/1.jpg.png")
     ]
     with Image.open(faces[0]) as face:
-        assert (face.mode, face.size) == ("L", (96, 96))
+        assert (face.mode, face.size) == ("L", (32, 32))  # as the network sees it
     last = shared.load_checkpoint(tmp_path / "run" / "last.pt")
     assert (last["stage"], last["classes"], last["crop_margin"]) == ("emotion", ["angry", "happy"], 0.1)
 
@@ -433,9 +433,9 @@ def test_rehearsal_joins_fer_to_every_batch_as_the_network_sees_it():
     for part, num_photos in zip(targets, (4, 4, 2), strict=True):
         assert part[:num_photos].equal(torch.tensor([[1.0, 0.0]] * num_photos))
         assert (torch.cdist(part[num_photos:], seen).amin(1) < 1e-4).all()
-    assert len(data) == 16
+    assert len(data) == 17
     as_they_are = torch.cat([labels for _, labels in data.eval()])
-    assert as_they_are.tolist() == [0] * 10 + [1] * 5  # an epoch has six of FER's, but there are five
+    assert as_they_are.tolist() == [0] * 10 + [1] * 5  # an epoch has seven of FER's, but there are five
     again, other = (next(iter(data.train(epoch)))[0] for epoch in (1, 2))
     assert again.equal(next(iter(data.train(1)))[0])
     assert not again.equal(other)
