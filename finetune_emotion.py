@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-FACE_SIZE = 96  # pixels, side of the kept crops: the network's usual input
 CUT, NO_FACE, SEVERAL, UNREADABLE = "one face cut", "no face", "several faces", "not readable"
 OUTCOMES = (CUT, NO_FACE, SEVERAL, UNREADABLE)  # of a photo, in the table's order
 HEAD_DECAY = 0.1  # L2 penalty of a fitted head: of 1e-4 to 0.1 in tens the best on scraped faces
@@ -105,6 +104,7 @@ def cut_photos(
     *,
     margin: float,
     largest_face: bool,
+    size: int,
     limit: int | None = None,
 ) -> list[dict]:
     """Cut photos data_dir/<class>/* into faces_dir; return a record for each, as in its index.jsonl.
@@ -113,14 +113,13 @@ def cut_photos(
     has a line as soon as a photo is done, so an interrupted run goes on where it was. Crops of photos that
     are gone go too. Without a finder the photos are faces.
 
-    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a gray PNG of FACE_SIZE
+    A record has `photo` (its path below data_dir, with slashes), `label`, `crop` (a gray PNG of `size` pixels
     below faces_dir), `sha256` of the photo, the `settings`, the `reason` why it is left out or None, and
     the `blur` of the face.
     """
-    settings = {"cut": "central square"}
-    if finder:
-        settings = {"margin": margin, "largest_face": largest_face}
-        settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob}
+    settings = {"margin": margin, "largest_face": largest_face} if finder else {"cut": "central square"}
+    settings |= {"min_face_size": finder.min_face_size, "min_prob": finder.min_prob} if finder else {}
+    settings |= {"size": size} if size != shared.IMAGE_SIZE else {}
     found = itertools.chain.from_iterable(shared.list_images(data_dir / name) for name in classes)
     paths = {path.relative_to(data_dir).as_posix(): path for path in found}
     faces_dir.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ def cut_photos(
                 continue
             outcome, crop = cut_face(paths[photo], finder, margin, largest_face)
             if crop:
-                face = crop.convert("L").resize((FACE_SIZE, FACE_SIZE), Image.Resampling.LANCZOS)
+                face = crop.convert("L").resize((size, size), Image.Resampling.LANCZOS)
                 with shared.replacing(crop_path) as temporary:
                     face.save(temporary, "PNG")
                 known[photo] = {**record, "reason": None, "blur": round(blur_measure(face), 1)}
@@ -250,7 +249,7 @@ class LabelledFaces(NamedTuple):
 
     records: list[dict]  # as in the index
     crops: list[Path]
-    images: Tensor  # (N, 1, FACE_SIZE, FACE_SIZE) uint8
+    images: Tensor  # (N, 1, S, S) uint8
     labels: Tensor  # (N,) int64, indices of the classes, corrected
     groups: Tensor  # (N,) int64, numbers of groups of near-duplicates
     is_val: Tensor  # (N,) bool, held out
@@ -902,14 +901,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.corrections or corrections_path.exists():
             corrections = read_corrections(corrections_path, learned)
             print(shared.printable(f"{len(corrections)} corrections in {corrections_path}"))
-        cut = functools.partial(cut_photos, margin=parent["crop_margin"], **taken)
+        options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
+        options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
+        taken |= {"margin": parent["crop_margin"], "size": options["image_size"]}
+        cut = functools.partial(cut_photos, **taken)
         records = shared.gather(None if rank else cut(args.data_dir, faces_dir, found, make_finder()))[0]
         report_photos(records, found)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
-        options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
-        options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
         batches = functools.partial(shared.FaceBatches, device=device, **options)
         if args.review:
             probs = second_opinion(net, faces, batches, learned, parent)

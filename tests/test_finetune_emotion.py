@@ -78,7 +78,7 @@ class CountingFinder(shared.FaceFinder):
 
 
 def cut(photos_dir, finder, **options):
-    options = {"margin": 0.1, "largest_face": False, **options}
+    options = {"margin": 0.1, "largest_face": False, "size": 96, **options}
     return finetune_emotion.cut_photos(photos_dir, photos_dir.parent / "faces", CLASSES, finder, **options)
 
 
