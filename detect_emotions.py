@@ -2273,6 +2273,9 @@ def label_video(
         table, columns = stack.enter_context(file), shared.table_columns(kit.classifier.classes)
         write_rows(table, [columns], len(columns))
         ahead = video.batch_size
+        if kit.hidden:  # of very large frames few can wait for the search that finds their faces
+            delay = DELAY_PIXELS // BATCH_PIXELS * ahead / video.rate
+            kit = kit._replace(search_every=min(kit.search_every, delay))
         frames = stack.enter_context(closing(in_background(video.frames(), ahead)))
         faces_of = follow_faces(frames, kit, batch_size=ahead, is_live=video.path is None)
         followed = stack.enter_context(closing(in_background(faces_of, ahead)))

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from test_detect_video import OUTPUTS, SAMPLE, read_video, write_video
 
+import detect_emotions
 import model as shared
 from detect_emotions import HIDDEN_AROUND, Frame, hide_heads, hide_in_frames, overlaps
 
@@ -91,6 +92,21 @@ def test_label_that_the_model_lacks_is_one_line(run, names):
         in err
     )
     assert len(err.splitlines()) == 1
+
+
+def test_no_frame_of_a_large_video_goes_out_before_its_faces_are_found(run, tmp_path, monkeypatch):
+    """So few frames fit into memory that none can wait for the next search of the usual rhythm."""
+    monkeypatch.setattr(detect_emotions, "DELAY_PIXELS", 3 * 960 * 960)
+    monkeypatch.setattr(detect_emotions, "BATCH_PIXELS", 960 * 960)
+    monkeypatch.setattr(detect_emotions, "is_cut", lambda *_: False)  # a face may come in quietly
+    image = shared.load_photo(SAMPLE)
+    without = image.copy()
+    without.paste("gray", (560, 40, 860, 420))  # where one of the happy faces is
+    write_video(tmp_path / "clip.mp4", [without] * 11 + [image] * 14)
+    assert run(tmp_path / "clip.mp4", "--blur", "all", "--no-labels")[0] == 0
+    for number, frame in enumerate(read_video(tmp_path / "clip_emotions.mp4")[0]):
+        Image.fromarray(frame).save(tmp_path / "frame.png")
+        assert max(patch_sizes(tmp_path / "frame.png", BOXES["happy"][1:])) < 1000, number
 
 
 def test_blur_does_again_what_was_labelled_without_it(run, photo, tmp_path):
