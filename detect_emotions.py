@@ -2257,7 +2257,6 @@ def label_video(
     Args:
         video: opened.
         outputs: of `name_outputs`.
-        kit: what labels faces.
         results: get each frame.
         window: shows the frames; once it is left, the video ends.
 
