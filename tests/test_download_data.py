@@ -48,6 +48,14 @@ import download_data
 QUICK = ["--allow-private", "--delay", "0", "--timeout", "2", "--retries", "0"]
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    """Ask servers on this machine directly, whatever the environment says."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.fixture
 def out_dir(tmp_path):
     return tmp_path / "set"
@@ -495,9 +503,14 @@ def test_hostile_answers_are_named_and_leave_nothing(out_dir, tmp_path, monkeypa
         monkeypatch.setattr(
             socket, "create_connection", lambda address, timeout: dial(("127.0.0.1", address[1]), timeout)
         )
-        listed = write_list(tmp_path / "list", *(("tench", base + path) for path in [*HOSTILE, "/good?n=5"]))
         options = [option for option in QUICK if option != "--allow-private"]
-        download_data.main(["imagenet", "--out-dir", str(out_dir), *options, "--timeout", "1", *listed])
+        dripping = [path for path in HOSTILE if "dripping" in path]
+        others = [path for path in [*HOSTILE, "/good?n=5"] if path not in dripping]
+        for label, paths, timeout in ("hen", dripping, "1"), ("tench", others, "100"):
+            listed = write_list(tmp_path / "list", *((label, base + path) for path in paths))
+            download_data.main(
+                ["imagenet", "--out-dir", str(out_dir), *options, "--timeout", timeout, *listed]
+            )
     found = {r["url"].removeprefix(base): r for r in records(out_dir, "rejected", "failed")}
     assert found.keys() == OUTCOMES.keys() == HOSTILE.keys()
     for path, (status, reason, detail) in OUTCOMES.items():
@@ -747,10 +760,7 @@ def pass_on(source, target):
 
 
 @pytest.fixture
-def proxy(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
+def proxy(no_proxy, monkeypatch):
     with serve(serve_proxy) as server:
         for name in "http_proxy", "https_proxy":
             monkeypatch.setenv(name, server.url("").replace("//", "//user:pass%3A@"))
@@ -1285,7 +1295,7 @@ def test_links_are_not_followed(name, pictures, out_dir, tmp_path):
         with pytest.raises(SystemExit) as stop:
             imagenet(out_dir, *options)
         assert stop.value.code == f"error: {path} is a link, expected what this script wrote; delete the link"
-    assert len([*tmp_path.glob("elsewhere"), *tmp_path.glob("elsewhere/*.jpg")]) in (1, 2)
+    assert len([*tmp_path.glob("elsewhere"), *tmp_path.glob("elsewhere/*.jpg")]) == 1 + (name == "hen")
 
 
 def test_a_link_among_the_downloads_is_no_download(pictures, out_dir, tmp_path):

@@ -460,8 +460,8 @@ def test_augment_faces_varies_but_keeps_type_and_range():
 
 @pytest.mark.parametrize("quality", [15, 50, 90])
 @pytest.mark.parametrize("size", [(48, 48), (50, 61)])  # the last is no multiple of JPEG's 8 pixels
-def test_compress_shows_images_as_pillow_stores_and_reads_them(quality, size):
-    gray = np.asarray(Image.open("resources/sample.jpg").convert("L").resize(size))
+def test_compress_shows_images_as_pillow_stores_and_reads_them(quality, size, sample_photo):
+    gray = np.asarray(Image.open(sample_photo).convert("L").resize(size))
     stored = io.BytesIO()
     Image.fromarray(gray).save(stored, "JPEG", quality=quality)
     expected = torch.from_numpy(np.array(Image.open(stored))).float()

@@ -12,6 +12,7 @@ from conftest import FIVE, file_size_limit
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 from test_detect_video import SAMPLE, SIZE, write_video
 
 import model as shared
@@ -92,7 +93,7 @@ def test_names_cannot_act_on_the_page(run, tmp_path):
     shutil.copy(SAMPLE, tmp_path / NASTY)
     assert run(tmp_path / NASTY, "--report", tmp_path / "r.html", "--out-dir", tmp_path / "out")[0] == 0
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert page.count("<") - page.count("\\u003c") == REPORT_PAGE.read_text(encoding="utf-8").count("<") - 4
+    assert page.count("<") == REPORT_PAGE.read_text(encoding="utf-8").count("<")
     _, [photo], _ = page_data(tmp_path / "r.html")
     assert photo["file"] == str(tmp_path / NASTY).replace("\n", "\\n")
 
@@ -235,9 +236,7 @@ def test_page_says_that_its_video_has_gone(run, browser, clip, tmp_path):
     browser.get((tmp_path / "r.html").as_uri())
     lane = browser.find_element(By.CSS_SELECTOR, ".lane svg")
     lane.click()
-    for _ in range(100):
-        if not browser.find_elements(By.TAG_NAME, "video"):
-            break
+    WebDriverWait(browser, 60).until_not(lambda browser: browser.find_elements(By.TAG_NAME, "video"))
     assert "not beside this page" in browser.find_element(By.TAG_NAME, "main").text
     lane.click()
     assert browser.find_element(By.CLASS_NAME, "tip").is_displayed()
