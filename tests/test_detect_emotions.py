@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,7 +89,18 @@ def pixels(path):
 # --- many photos ---
 
 
-def test_photos_in_threads_come_in_order_and_few_are_ahead_of_the_reader(tmp_path, finder, classifier):
+def test_photos_in_threads_come_in_order_and_few_are_ahead_of_the_reader(
+    tmp_path, finder, classifier, monkeypatch
+):
+    label_photo, is_ahead = detect_emotions.label_photo, threading.Event()
+
+    def label_and_tell(path, *args):
+        found = label_photo(path, *args)
+        if path.stem == "1":
+            is_ahead.set()
+        return found
+
+    monkeypatch.setattr(detect_emotions, "label_photo", label_and_tell)
     Image.new("RGB", (48, 48)).save(tmp_path / "0.png")
     for i in range(1, 12):
         shutil.copy(tmp_path / "0.png", tmp_path / f"{i}.png")
@@ -97,6 +109,7 @@ def test_photos_in_threads_come_in_order_and_few_are_ahead_of_the_reader(tmp_pat
     sources = [detect_emotions.Source(tmp_path / f"{i}.png", "photo", tmp_path) for i in range(12)]
     plan = {source: {"copy": copy} for source, copy in zip(sources, copies, strict=True)}
     for i, (source, _, label) in enumerate(detect_emotions.label_ahead(plan, kit, 3)):
+        assert is_ahead.wait(60)  # labelled while the first photo is in hand
         assert (source, label()[0]["file"]) == (sources[i], str(sources[i].path))
         assert sum(copy.exists() for copy in copies) <= i + 1 + 3
 

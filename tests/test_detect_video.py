@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -1283,16 +1284,19 @@ def test_timeline_has_a_gap_where_the_face_was_away(tmp_path):
 # --- threads ---
 
 
-def test_in_background_keeps_order_and_is_never_far_ahead():
-    made = []
+def test_in_background_keeps_order_and_is_ahead_but_never_far():
+    made, is_ahead = [], threading.Event()
 
     def make():
         for i in range(20):
             made.append(i)
+            if i:
+                is_ahead.set()
             yield i
 
     for i, item in enumerate(in_background(make(), 3)):
         assert item == i
+        assert is_ahead.wait(60)  # made while the first item is in hand
         assert len(made) <= i + 1 + 3 + 1
 
 

@@ -148,15 +148,19 @@ def test_a_damaged_last_checkpoint_is_not_resumed_from(tmp_path, options):
             {"config": {**config, "batch_size": -(2**63)}},
             "argument --batch-size: .* is out of range",
         ),
+        ({"config": {**config, "epochs": "many"}}, "argument --epochs: invalid int value: 'many'"),
+        ({"config": {**config, "lr": {}}}, "argument --lr: invalid float value: '{}'"),
         ({"config": {**config, "mix": 7}}, "7 is no collection of faces"),
+        ({"config": {**config, "teachers": 1.5}}, r"there is no checkpoint 1\.5; "),
         ({"config": {**config, "init": ["gray.pt"]}}, "there is no checkpoint"),
         ({"optimizer": {**optimizer, "state": {**optimizer["state"], 0: moments}}}, "its file is damaged"),
         ({"history": [{**whole["history"][0], "val_acc": "high"}]}, "its file is damaged"),
         ({"history": [{**whole["history"][0], "epoch": 7}]}, "its file is damaged"),
     ):
         torch.save(whole | damaged, last)
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}.*$") as stop:
             finetune_fer.main(["--resume", str(last), "--epochs", "2"])
+        assert "\n" not in stop.value.code
 
 
 def test_a_folder_whose_name_no_class_may_have_is_refused_before_training(tmp_path, fer_dir, options):
@@ -194,19 +198,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path, options, gray_checkpoin
     with pytest.raises(SystemExit) as stop:
         finetune_fer.main([*options, "--out-dir", str(tmp_path / "run"), *changed])
     assert message in stop.value.code
-    assert "\n" not in stop.value.code
-
-
-@pytest.mark.parametrize(("option", "value"), [("mix", 7), ("epochs", "many"), ("lr", {}), ("teachers", 1.5)])
-def test_saved_options_of_another_type_are_one_line_and_exit_code_1(tmp_path, options, option, value):
-    run, last = tmp_path / "run", tmp_path / "run" / "last.pt"
-    finetune_fer.main([*options, "--out-dir", str(run), "--epochs", "1"])
-    checkpoint = torch.load(last, weights_only=True)
-    checkpoint["config"][option] = value
-    torch.save(checkpoint, last)
-    with pytest.raises(SystemExit) as stop:
-        finetune_fer.main(["--resume", str(last), "--out-dir", str(run), "--epochs", "2"])
-    assert isinstance(stop.value.code, str)
     assert "\n" not in stop.value.code
 
 
