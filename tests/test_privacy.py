@@ -115,6 +115,15 @@ def test_blur_does_again_what_was_labelled_without_it(run, photo, tmp_path):
     assert max(patch_sizes(tmp_path / "x_emotions.png", BOXES["happy"])) < 500  # the label's letters
 
 
+def test_crops_show_no_blurred_face(run, finder, photo, tmp_path):
+    assert run(photo, "--blur", "all", "--save-crops", tmp_path / "crops")[0] == 0
+    crops = list(tmp_path.glob("crops/*/*.png"))
+    assert len(crops) == 4
+    for path in crops:
+        with Image.open(path) as image:
+            assert len(finder.find(image.convert("RGB").resize((240, 240))).boxes) == 0
+
+
 def test_copy_without_labels_has_the_pixels_of_the_photo(run, photo, tmp_path):
     assert run(photo, "--no-labels")[0] == 0
     with Image.open(photo) as before, Image.open(tmp_path / "x_emotions.png") as after:
