@@ -454,6 +454,34 @@ def test_google_url_takes_the_filters_of_google_images_download():
         download_data.google_url("happy face", {"size": "huge"})
 
 
+@pytest.mark.slow
+def test_a_filter_is_in_the_address_of_each_search(google, out_dir, monkeypatch):
+    def answer(handler, query):
+        asked.append(parse_qs(urlsplit(handler.path).query)["tbs"])
+        search(handler, query)
+
+    asked, search = [], google.search
+    monkeypatch.setattr(google, "search", answer)
+    imagenet(out_dir, "--labels", "tench", "hen", "--limit", "1", "--filter", "size=large", "type=clipart")
+    assert asked == 2 * [["isz:l,itp:clipart"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("size", "size is no NAME=VALUE of "),
+        ("size=", "size= is no NAME=VALUE of "),
+        ("weight=heavy", "weight=heavy is no NAME=VALUE of "),
+        ("size=huge", "--filter has no value 'huge'"),
+    ],
+)
+def test_a_filter_that_google_does_not_have_is_named(text, message, out_dir, capsys):
+    with pytest.raises(SystemExit) as stop:
+        imagenet(out_dir, "--labels", "tench", "--filter", text)
+    assert message in f"{stop.value.code} {capsys.readouterr().err}"
+    assert not out_dir.exists()
+
+
 def test_parse_records_decodes_escapes_and_passes_over_other_shapes():
     good = (
         r'[0,"docid_1-x",["https://t/",1,2],["http://a/?b\u003dc\u0026d",3,4],{"2003":[0,0,"http://p","T"]}]'
@@ -805,6 +833,18 @@ def test_a_proxy_of_another_kind_is_named_at_once(address, proxy, out_dir, tmp_p
     with pytest.raises(SystemExit) as stop:
         imagenet(out_dir, *write_list(tmp_path / "list", ("tench", "http://a.example/b.jpg")))
     assert stop.value.code == f"error: https_proxy is {address}, expected http://HOST:PORT"
+
+
+def test_a_contact_is_told_to_every_server(out_dir, tmp_path):
+    def respond(handler):
+        agents.append(handler.headers["User-Agent"])
+        serve_pictures(handler)
+
+    agents = []
+    with serve(respond) as server:
+        listed = write_list(tmp_path / "list", ("hen", server.url("/photo?n=1")))
+        imagenet(out_dir, *listed, "--contact", "me@example.org")
+    assert agents == ["emotion-detector/1.0 (me@example.org)"]
 
 
 @pytest.mark.parametrize("contact", ["Łukasz, l@example.org", "two\nlines"])
@@ -1477,6 +1517,17 @@ def test_pages_before_an_error_are_kept_and_the_next_run_goes_on(engine, change,
     imagenet(out_dir, *options)
     assert len(records(out_dir, "kept")) == 50
     assert capsys.readouterr().out.splitlines()[-2].split() == ["total", "50", "50", "50"]
+
+
+@pytest.mark.parametrize("engine", ["openverse", "commons"])
+def test_an_api_is_asked_again_only_after_the_delay(engine, api, out_dir, monkeypatch):
+    events = []
+    api(engine, 40, lambda answer, number: events.append("asked"))
+    monkeypatch.setattr(time, "sleep", events.append)
+    labels = ["--labels", "hen", "tench", "--limit", "40"]
+    imagenet(out_dir, *labels, "--engine", engine, "--delay", "10000")
+    assert events[::2] == 4 * ["asked"]  # two pages for each label
+    assert all(9000 < slept_s <= 10_000 for slept_s in events[1::2])
 
 
 def shrinking(answer, number):
