@@ -2,12 +2,13 @@ import csv
 import functools
 import json
 import shutil
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIVE, address_space_limit, make_faces, write_checkpoint
+from conftest import FIVE, ROOT, address_space_limit, make_faces, write_checkpoint
 from PIL import Image
 from tiny_resnet import ARCH, FEATURES
 
@@ -574,6 +575,20 @@ def test_draw_back_goes_no_further_than_it_must(tmp_path, fer_dir, fer_checkpoin
     assert blended["model"]["fc.bias"].tolist() == [0.25, 0.0]
     with pytest.raises(ValueError, match="none is called best"):
         draw_back(lowest={"fer": 1.1})
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(tmp_path, mixed, start):
+    mixed += ["--epochs", "4", "--lr", "0.01", "--ema", "0.9"]
+    stop = [ROOT / "tests" / "stop_at.py", "SIGKILL", 3, "last.pt", "finetune_emotion.py"]
+    assert start(*stop, *mixed).wait() == -signal.SIGKILL
+    last = tmp_path / "run" / "last.pt"
+    assert shared.load_checkpoint(last)["epoch"] == 2
+    finetune_emotion.main(["--resume", str(last)])
+    finetune_emotion.main([*mixed, "--out-dir", str(tmp_path / "whole")])
+    for name in ("last.pt", "undrawn.pt", "best.pt"):
+        assert not weights_that_changed(last.with_name(name), tmp_path / "whole" / name)
+    assert weights_that_changed(tmp_path / "fer.pt", last)
 
 
 def test_resuming_a_finished_run_draws_back_no_further(tmp_path, mixed):

@@ -1,9 +1,11 @@
 import json
 import os
+import signal
 
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
@@ -98,6 +100,25 @@ def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
     assert {path.name for path in out_dir.iterdir()} == {
         *("best.pt", "last.pt", "config.json", "log.jsonl", "curves.png")
     }
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
+    tmp_path, photos_dir, teacher_path, start
+):
+    options = f"--data-dir {photos_dir} --teacher-weights {teacher_path} --image-size 64 --arch tiny_resnet"
+    options = [*options.split(), "--batch-size", "4", "--epochs", "4", "--lr", "0.001", "--out-dir"]
+    stop = [ROOT / "tests" / "stop_at.py", "SIGKILL", 3, "last.pt", "finetune_gray_imagenet.py"]
+    assert start(*stop, *options, tmp_path / "killed").wait() == -signal.SIGKILL
+    last = tmp_path / "killed" / "last.pt"
+    before = shared.load_checkpoint(last)
+    finetune_gray_imagenet.main(["--resume", str(last)])
+    finetune_gray_imagenet.main([*options, str(tmp_path / "whole")])
+    for name in ("last.pt", "best.pt"):
+        one, other = (shared.load_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
+        assert (before["epoch"], one["epoch"]) == (2, other["epoch"])
+        assert all(value.equal(one["model"][key]) for key, value in other["model"].items())
+    assert not one["model"]["conv1.weight"].equal(before["model"]["conv1.weight"])
 
 
 def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, monkeypatch):
