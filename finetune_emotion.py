@@ -170,8 +170,11 @@ def read_index(path: Path) -> dict[str, dict]:
     return records
 
 
-def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
-    """Print a table of the photos by class and by what they are, and the first that are not readable."""
+def report_photos(records: Sequence[dict], classes: Sequence[str], corrections: Iterable[str] = ()) -> None:
+    """Print a table of the photos by class and by what they are, and the first that are not readable.
+
+    Of the photos whose labels are corrected, print those that are not among them.
+    """
     import pandas as pd
 
     table = pd.DataFrame(records)
@@ -182,6 +185,9 @@ def report_photos(records: Sequence[dict], classes: Sequence[str]) -> None:
     print(counts.rename_axis(index=None, columns="photos").to_string())
     if len(unreadable := table["photo"][table["reason"] == UNREADABLE]):
         print(shared.printable(f"not readable: {', '.join(unreadable[: shared.MAX_NAMED])}"), file=sys.stderr)
+    if stray := sorted(set(corrections).difference(table["photo"])):
+        first = ", ".join(stray[: shared.MAX_NAMED])
+        print(shared.printable(f"corrections of no photo looked at ({len(stray)}): {first}"), file=sys.stderr)
 
 
 # --- from faces to train and val ---
@@ -906,7 +912,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         taken |= {"margin": parent["crop_margin"], "size": options["image_size"]}
         cut = functools.partial(cut_photos, **taken)
         records = shared.gather(None if rank else cut(args.data_dir, faces_dir, found, make_finder()))[0]
-        report_photos(records, found)
+        report_photos(records, found, corrections)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
         faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)

@@ -622,9 +622,11 @@ def test_a_model_that_forgot_fer_is_not_called_best(tmp_path, mixed, monkeypatch
 def test_corrections_beside_the_photos_are_obeyed(tmp_path, photos_dir, options, capsys):
     with (photos_dir / "corrections.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), ("angry/0.jpg", "happy"), ("happy/0.jpg", "happy")])
+        csv.writer(file).writerow(("google/happy/1.jpg", "angry"))
     finetune_emotion.main(options)
-    out = capsys.readouterr().out
-    assert f"2 corrections in {photos_dir / 'corrections.csv'}" in out
+    out, err = capsys.readouterr()
+    assert f"3 corrections in {photos_dir / 'corrections.csv'}\n" in out
+    assert "corrections of no photo looked at (1): google/happy/1.jpg\n" in err
     counts = [line for line in out.splitlines() if line.startswith(("photos train: ", "photos val: "))]
     assert sum("angry 1" in line for line in counts) == 1
     assert sum(int(line.split("happy ")[1].strip(")")) for line in counts) == 3
