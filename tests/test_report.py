@@ -243,6 +243,45 @@ def test_page_says_that_its_video_has_gone(run, browser, clip, tmp_path):
 
 
 @pytest.mark.slow
+def test_page_without_faces_has_a_table_to_sort(run, browser, tmp_path):
+    Image.new("RGB", (99, 99)).save(tmp_path / "x.png")
+    assert run(tmp_path / "x.png", "--report", tmp_path / "r.html")[0] == 0
+    browser.get((tmp_path / "r.html").as_uri())
+    browser.find_element(By.CSS_SELECTOR, "[data-view=table]").click()
+    browser.find_element(By.XPATH, "//th/button[text()='file']").click()
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.slow
+def test_page_rounds_a_time_to_a_full_minute(run, browser, clip, tmp_path):
+    assert run(clip, "--report", tmp_path / "r.html")[0] == 0
+    text, count = re.subn(r'"end": [\d.]+', '"end": 59.96', (tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert count == 1
+    (tmp_path / "r.html").write_text(text, encoding="utf-8")
+    browser.get((tmp_path / "r.html").as_uri())
+    assert " · 1:00.0 · " in browser.find_element(By.CSS_SELECTOR, "h2 + p").text
+
+
+@pytest.mark.slow
+def test_focus_by_keyboard_is_seen_on_a_face(run, browser, tmp_path):
+    assert run(SAMPLE, "--report", tmp_path / "r.html", "--out-dir", tmp_path)[0] == 0
+    browser.get((tmp_path / "r.html").as_uri())
+    browser.find_element(By.CLASS_NAME, "box").send_keys(Keys.ENTER)
+    assert browser.switch_to.active_element.value_of_css_property("outline-style") == "solid"
+
+
+@pytest.mark.slow
+def test_printed_table_is_as_wide_as_the_paper_at_most(browser, crowd):
+    size = {"width": 718, "height": 1047, "deviceScaleFactor": 1, "mobile": False}  # A4 with margins of 1 cm
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.get(crowd.as_uri())
+    browser.execute_script("document.querySelector('[data-view=table]').click()")
+    frame = browser.find_element(By.CLASS_NAME, "scroll")
+    assert int(frame.get_property("scrollWidth")) <= int(frame.get_property("clientWidth")) <= 718
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 800, 1600])
 def test_page_fits_any_width(browser, crowd, width):
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
