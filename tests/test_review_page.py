@@ -1,6 +1,7 @@
 """The page of finetune_emotion.py --review in a real browser, offline, and a run with what it exports."""
 
 import csv
+import re
 import time
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from conftest import make_faces, write_checkpoint
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.color import Color
 from selenium.webdriver.support.ui import Select
+from test_detect_emotions import linear_rgb
 from tiny_resnet import ARCH
 
 import finetune_emotion
@@ -113,6 +116,57 @@ def test_a_filter_shows_one_label(browser, page):
     Select(browser.find_element(By.ID, "filter")).select_by_value("happy")
     shown = [card for card in browser.find_elements(By.TAG_NAME, "article") if card.is_displayed()]
     assert [card.get_attribute("data-photo") for card in shown] == [f"happy/0000{i}.png" for i in range(3)]
+
+
+def test_what_the_browser_cannot_keep_is_not_lost_without_a_question(tmp_path, browser, page):
+    refuse = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
+    asks = "return !dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refuse})
+    browser.get(page.as_uri())
+    assert not browser.execute_script(asks)
+    browser.switch_to.active_element.send_keys("x")
+    assert browser.execute_script(asks)
+    assert ["angry/00000.png", ""] in export(browser, tmp_path)
+    assert not browser.execute_script(asks)
+
+
+def test_nothing_to_review_is_said_in_the_middle(tmp_path, browser, page):
+    text = re.sub(r'"faces": \[.*\]', '"faces": []', page.read_text(encoding="utf-8"))
+    (tmp_path / "empty.html").write_text(text, encoding="utf-8")
+    browser.get((tmp_path / "empty.html").as_uri())
+    said = browser.find_element(By.CSS_SELECTOR, "main > p")
+    assert (said.value_of_css_property("text-align"), said.text[:17]) == ("center", "Nothing to review")
+    assert browser.find_element(By.CSS_SELECTOR, "[role=status]").text.startswith("0 of 0 looked at")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_told_from_what_is_behind_it(scheme, browser, page):
+    """WCAG 2.1 asks for a contrast of 4.5."""
+
+    def luminance(selector, name):
+        color = browser.find_element(By.CSS_SELECTOR, selector).value_of_css_property(name)
+        return linear_rgb(Color.from_string(color).hex) @ (0.2126, 0.7152, 0.0722)
+
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(page.as_uri())
+    for key in ("x", "2", Keys.ENTER):
+        browser.switch_to.active_element.send_keys(key)
+    texts = dict.fromkeys(("#help", "#count"), "body")
+    texts |= dict.fromkeys((".path", ".drop .verdict", ".change .verdict", ".fine .verdict"), "article")
+    for text, behind in texts.items():
+        darker, lighter = sorted((luminance(text, "color"), luminance(behind, "background-color")))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, text
+
+
+@pytest.mark.parametrize("width", [320, 390, 1600])
+def test_page_fits_any_width(width, browser, page):
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    for card in browser.find_elements(By.TAG_NAME, "article"):
+        assert int(card.get_property("scrollWidth")) <= int(card.get_property("clientWidth"))
 
 
 def test_a_run_learns_what_was_reviewed(tmp_path, browser, sample_photo, capsys):
