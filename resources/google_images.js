@@ -38,11 +38,11 @@ window.googleImages = (() => {
 
   // Click on the first visible control that fits or bears some words; return whether there is one.
   const click = (selector, words) => {
-    const called = new RegExp(`^(${words})$`, 'i');
+    const called = new RegExp(`^\\s*(${words})\\s*$`, 'i');
     const controls = `${selector}, button, a, [role=button], [type=button], [type=submit]`;
     const control = [...document.querySelectorAll(controls)].find((found) =>
       found.checkVisibility() && !found.closest(TILE) && (found.matches(selector)
-        || called.test((found.ariaLabel || found.value || found.textContent).trim())));
+        || [found.ariaLabel, found.value, found.textContent].some((text) => called.test(text))));
     control?.click();
     return Boolean(control);
   };

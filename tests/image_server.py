@@ -200,6 +200,7 @@ MORE_CONTROLS = (
     '<h3><div class="GNJvt ipz2Oe"><span class="RVQdVd">More results</span></div></h3></a>',
     '<input class="mye4qd" type="button" value="Show more results">',
     '<div role="button" tabindex="0"><span>Weitere Ergebnisse anzeigen</span></div>',
+    '<button value="1" aria-label="10 of 60"> More results </button>',
 )
 
 
