@@ -667,11 +667,6 @@ def test_picture_that_cannot_be_decoded_is_one_line(label, tmp_path):
     assert label(clip) == (1, f"error: {clip} {message}\n")
 
 
-def test_address_names_the_remedy(run):
-    message = "is an address; name a file, or label a stream with --camera ADDRESS"
-    assert run("http://127.0.0.1:9/clip.mp4") == (1, "", f"error: http://127.0.0.1:9/clip.mp4 {message}")
-
-
 def test_output_that_cannot_be_written_is_one_cause_and_one_path(label, tmp_path):
     clip = write_beeps(tmp_path / "clip.mp4")
     (tmp_path / OUTPUTS[3]).mkdir()

@@ -246,13 +246,14 @@ def test_help_ends_with_two_examples(script, run_script, capsys):
     ("kind", "line"),
     [("full", "error: cannot write to standard output: No space left on device\n"), ("without reader", "")],
 )
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_that_cannot_be_written_is_one_line_and_exit_code_1(script, kind, line, start):
+def test_help_that_cannot_be_written_is_one_line_and_exit_code_1(kind, line, start):
     reading, writing = os.pipe()
     os.close(reading)
     with open("/dev/full", "w") as full, open(writing, "w") as pipe:  # noqa: PTH123
         stdout = full if kind == "full" else pipe
-        process = start(script, "--help", stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": ""})
+        process = start(
+            "detect_emotions.py", "--help", stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": ""}
+        )
     assert (process.stderr.read(), process.wait()) == (line, 1)
 
 
