@@ -921,7 +921,9 @@ class Tracker:
         seen += [
             Sighting(present[missed[i]], *(part[i] for part in refined)) for i in np.flatnonzero(is_face)
         ]
-        seen.sort(key=lambda sighting: sighting.track.number)
+        # A box that has drifted off may lie on another face, whose own sighting then has to come first.
+        drifted = {present[missed[i]].number for i in np.flatnonzero(~is_near)}
+        seen.sort(key=lambda each: (each.track.number in drifted, each.track.number))
 
         for j in sorted(set(range(len(found.boxes) if found else 0)) - set(pairs.values())):
             seen.append(Sighting(Track(found.boxes[j], time), *(part[j] for part in found)))

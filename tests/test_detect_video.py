@@ -929,6 +929,18 @@ def test_track_follows_a_steady_motion_through_a_loss(follow):
     assert follow(*moving[:5], faces_at(), faces_at(), faces_at(), moving[8])[-1] == [1]
 
 
+def test_box_that_drifts_off_takes_no_other_faces_place():
+    class DriftingFinder(FixedFinder):
+        def refine(self, image, boxes):
+            return faces_at(*[box_at(400, 100), box_at(38, 10, 100)][: len(boxes)])  # the first is elsewhere
+
+    tracker, image = Tracker(DriftingFinder()), Image.new("RGB", (640, 360))
+    tracker.follow(image, 0, faces_at(box_at(10, 10, 100), box_at(45, 10, 100)))
+    [sighting] = tracker.follow(image, 0.1, None)
+    assert sighting.track.number == 2
+    assert sighting.box.tolist() == box_at(38, 10, 100).tolist()
+
+
 def test_two_tracks_of_one_face_become_one(follow):
     apart = faces_at(box_at(10, 10), box_at(60, 10))
     together = faces_at(box_at(32, 10), box_at(36, 10))
