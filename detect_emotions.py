@@ -1081,11 +1081,14 @@ def hide_heads(image: Image.Image, boxes: Iterable[Sequence[float]]) -> Image.Im
 
 
 def hide_in_frames(
-    followed: Iterable[tuple[Frame, list[dict]]], hidden: Container[str], look_ahead: float
+    followed: Iterable[tuple[Frame, list[dict]]],
+    hidden: Container[str],
+    look_ahead: float,
+    look_back: float = HIDDEN_AROUND,
 ) -> Iterator[tuple[Frame, list[dict]]]:
     """Pass on what `follow_faces` gives, the heads of faces whose label is `hidden` made squares.
 
-    A face is hidden from `look_ahead` s before each such sight of it until HIDDEN_AROUND s after it, whatever
+    A face is hidden from `look_ahead` s before each such sight of it until `look_back` s after it, whatever
     its label there, and also where it is not found. The frames come as much later, or a little earlier if
     they are very large.
     """
@@ -1095,7 +1098,7 @@ def hide_in_frames(
         frame, faces = waiting.popleft()
         now, boxes = float(frame.time), []
         for track, seen in list(sights.items()):
-            while seen and seen[0][0] < now - HIDDEN_AROUND:
+            while seen and seen[0][0] < now - look_back:
                 seen.popleft()
             near = [sight for sight in seen if sight[0] <= now + look_ahead]
             if any(is_hidden for _, _, is_hidden in near):
@@ -2281,7 +2284,8 @@ def label_video(
         faces_of = follow_faces(frames, kit, batch_size=ahead, is_live=video.path is None)
         followed = stack.enter_context(closing(in_background(faces_of, ahead)))
         if kit.hidden:  # from here on no picture shows them
-            followed = hide_in_frames(followed, kit.hidden, HIDDEN_AROUND if video.path else 0)
+            around = max(HIDDEN_AROUND, 1.5 / video.rate)  # the neighbouring frames at least
+            followed = hide_in_frames(followed, kit.hidden, around if video.path else 0, around)
         name = shared.printable(video.name)
         is_silent = None if results.is_first else True  # None: unless stderr is a screen
         for frame, faces in tqdm(followed, name, video.num_frames, unit="frame", disable=is_silent):

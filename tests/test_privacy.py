@@ -109,6 +109,21 @@ def test_no_frame_of_a_large_video_goes_out_before_its_faces_are_found(run, tmp_
         assert max(patch_sizes(tmp_path / "frame.png", BOXES["happy"][1:])) < 1000, number
 
 
+def test_face_of_a_slow_video_is_hidden_in_the_frames_beside(run, finder, tmp_path):
+    """One frame a second; in the second frame noise stands where the faces are, and none is found."""
+    image = shared.load_photo(SAMPLE)
+    noise = np.random.default_rng(0).integers(0, 256, (480, 960, 3), np.uint8)
+    middle = image.copy()
+    middle.paste(Image.fromarray(noise), (0, 0))
+    middle.paste("gray", (0, 480, 960, 960))
+    assert len(finder.find(middle).boxes) == 0
+    write_video(tmp_path / "clip.mkv", [image, middle, image], rate=1, time_base=Fraction(1))
+    assert run(tmp_path / "clip.mkv", "--blur", "all", "--no-labels")[0] == 0
+    frame = read_video(tmp_path / "clip_emotions.mp4")[0][1]
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    assert max(patch_sizes(tmp_path / "frame.png", BOXES["happy"])) < 1000
+
+
 def test_blur_does_again_what_was_labelled_without_it(run, photo, tmp_path):
     assert run(tmp_path)[0] == 0
     assert run(tmp_path, "--blur", "all")[0] == 0
