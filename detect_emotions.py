@@ -2344,8 +2344,9 @@ def label_all(
                 with closing(opened(source.device or source.path, kit.start, kit.end)) as video:
                     summary = label_video(video, outputs, kit, results, window)
                 results.finish_video(source, outputs, summary)
-                if video.lost:
+                if video.lost or (window and window.is_left and not source.device):
                     os.utime(outputs["timeline"], (0, 0))  # older than the video, so it is not finished
+                if video.lost:
                     raise ValueError(f"{source.path}: {'; '.join(video.lost)}; the rest is labelled")
             if window and window.is_left:
                 break

@@ -1399,6 +1399,20 @@ def test_each_video_in_the_window_keeps_its_own_pace(run, moving, tmp_path, monk
     assert screen.waits_ms == [5, 35, 40, 40, 40] * 2  # the first picture is shown for a moment
 
 
+def test_a_video_that_q_ended_is_labelled_again(run, moving, tmp_path, monkeypatch):
+    screen = FakeScreen()
+    monkeypatch.setattr(screen, "waitKey", lambda _: ord("q"))
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "clip.mp4", moving(5, step=0))
+    with monkeypatch.context() as patch:
+        patch.setenv("DISPLAY", ":0")
+        patch.setattr(detect_emotions, "load_opencv", lambda: screen)
+        assert run(tmp_path / "in", "--show", "--out-dir", tmp_path)[0] == 0
+    assert len(read_video(tmp_path / "clip_emotions.mp4")[0]) == 1
+    assert run(tmp_path / "in", "--out-dir", tmp_path)[0] == 0
+    assert len(read_video(tmp_path / "clip_emotions.mp4")[0]) == 5
+
+
 def test_camera_is_recorded_into_the_folder(run, moving, tmp_path):
     clip = write_video(tmp_path / "clip.avi", moving(12), codec="mpeg4")
     code, out, err = run("--camera", clip, "--out-dir", tmp_path / "out")
