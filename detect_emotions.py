@@ -1764,9 +1764,10 @@ class Summary:
         rows = table[table["track"] == track]
         bins, width = rows["bin"].to_numpy(), float(self._bin_width)
         probs = rows[[f"prob_{name}" for name in self.classes]].to_numpy()
-        gaps = np.flatnonzero(np.diff(bins) * width > LOST_AFTER + width) + 1
+        firsts, lasts = rows["first"].to_numpy(), rows["last"].to_numpy()
+        gaps = np.flatnonzero(firsts[1:] - lasts[:-1] > LOST_AFTER) + 1
         for run in np.split(np.arange(len(bins)), gaps):
-            edges = float(self.start) + np.append(bins[run], bins[run[-1]] + 1) * width
+            edges = np.append(float(self.start) + bins[run] * width, lasts[run[-1]])
             means = probs[run] / probs[run].sum(1, keepdims=True)
             yield edges.clip(None, float(self.end)), np.vstack([means, means[-1]])
 

@@ -1280,6 +1280,15 @@ def test_summary_keeps_pictures_of_the_longest_tracks_only():
     assert kept["seconds"].min() >= 0.5
 
 
+def test_timeline_of_a_frame_a_second_has_no_gaps():
+    summary = Summary(FIVE)
+    for i in range(30):
+        summary.add(frame_at(i, duration=1), [face_of(1)])
+    [(times, _)] = summary.runs(1)
+    assert (times[0], times[-1]) == (0, 30)
+    assert (summary.sample(1, np.arange(0.5, 30)).sum(1) > 0).all()
+
+
 def test_timeline_has_a_gap_where_the_face_was_away(tmp_path):
     summary = Summary(FIVE)
     for i in range(30):
