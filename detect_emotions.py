@@ -499,11 +499,12 @@ def demux(
             yield from container.demux(stream)
         yield None
 
-    slack, end, shift, num_joints = round(MISSED / stream.time_base), None, 0, 0
+    slack, last, end, shift, num_joints = round(MISSED / stream.time_base), None, None, 0, 0
     for packet, after in itertools.pairwise(read()):
         if packet.dts is not None:
             time, duration, is_damaged = packet.dts + shift, packet.duration or 0, False
-            if end is not None and after and after.dts is not None and abs(time - end) > slack:
+            is_odd = end is not None and not last - slack <= time <= end + slack  # durations may be too long
+            if is_odd and after and after.dts is not None:
                 is_damaged = abs(after.dts + shift - end) < abs(after.dts - packet.dts)
                 if time < end and not is_damaged:
                     if num_joints == len(shifts):
@@ -516,7 +517,8 @@ def demux(
                 is_known = is_known and abs(packet.pts - packet.dts) <= max_delay
             packet.pts = packet.pts + shift if is_known else None
             packet.dts = None if is_damaged else time
-            end = (end if is_damaged else time) + duration
+            last = end if is_damaged else time
+            end = last + duration
         yield packet
 
 
@@ -654,6 +656,9 @@ class Video:
             missing += float(time - ends) * (time - ends > max_gap)
             duration = (picture.duration or 0) * self.time_base or 1 / self.rate
             last, ends = time, time + duration
+            pause = is_timed and after and after.pts and (after.pts - picture.pts) * self.time_base
+            is_hole = pause and kind in MPEG and pause - duration > max_gap
+            duration = duration if is_hole else pause or duration  # the file's own may be wrong
             if time >= self.start:
                 image = image if image.size == size else image.resize(size)
                 yield Frame(next(numbers), time, duration, image)
@@ -1745,6 +1750,12 @@ class Summary:
             tracks[["track", "seconds", "first", "last", "changes"]] = None
         return [[file, *row] for row in tracks.to_numpy().tolist()]
 
+    def save_tracks(self, file: str, path: Path) -> None:
+        """Write a video's tracks as CSV."""
+        columns = summary_columns(self.labels)
+        with path.open("w", newline="", encoding="utf-8") as table:
+            write_rows(table, [columns, *self.rows(file)], len(columns))
+
     def print_line(self, path: Path, style: str) -> None:
         """Print file, tracks and length, top emotion and its share as "text"; else only what has no face."""
         if not self.seen:
@@ -1928,9 +1939,12 @@ class VideoWriter:
         picture.pts = round((frame.time - self._start) / self._time_base)
         picture.duration = round(frame.duration / self._time_base)
         self._output.mux(self._stream.encode(picture))
-        end = frame.time + frame.duration - self._start
+        self.add_sound(frame.time + frame.duration - self._start)
+
+    def add_sound(self, end: float) -> None:
+        """Add the sound until `end`, s since the first frame."""
         while self._packet is not None and self._packet.pts * self._packet.time_base < end:
-            with suppress(av.error.InvalidDataError):  # a damaged one
+            with suppress(load_av().error.InvalidDataError):  # a damaged one
                 self._output.mux(self._packet)
             self._packet = next(self._sound, None)
 
@@ -2258,13 +2272,9 @@ def label_video(
     results: Results,
     window: Window | None,
 ) -> Summary:
-    """Write what `outputs` names of a video; all of it or, if something fails, nothing.
+    """Write what `outputs`, of `name_outputs`, names of an opened video; if something fails, nothing.
 
-    Args:
-        video: opened.
-        outputs: of `name_outputs`.
-        results: get each frame.
-        window: shows the frames; once it is left, the video ends.
+    The `results` get each frame. Once the `window`, which shows the frames, is left, the video ends.
 
     Raises:
         ValueError: no frame could be read.
@@ -2303,14 +2313,15 @@ def label_video(
                 writer.write(frame, image)
             if window and not window.show(frame, image):
                 break
+        else:
+            if writer and video.end == math.inf:  # the sound may be longer than the picture
+                writer.add_sound(math.inf)
         if summary.start is None:
             reason = "; ".join(video.lost) or "it is empty, or --start and --end leave none"
             raise ValueError(f"{video.name} has no frames that can be read: {reason}")
         if parts:
             summary.plot(kit.colors, kit.font_path, parts["timeline"])
-            columns = summary_columns(summary.labels)
-            with parts["tracks"].open("w", newline="", encoding="utf-8") as file:
-                write_rows(file, [columns, *summary.rows(video.name)], len(columns))
+            summary.save_tracks(video.name, parts["tracks"])
     return summary
 
 

@@ -81,16 +81,18 @@ def write_video(
     *,
     codec="libx264",
     pix_fmt="yuv420p",
+    rate=RATE,
     time_base=Fraction(1, RATE),
     times=None,
     sound=None,
+    seconds=None,
     aspect=None,
     container=None,
     options=None,
 ):
-    """Write images as a video, by default one each tick of `time_base`, and a tone as its sound."""
+    """Write images as a video, by default one each tick of `time_base`, and a tone, by default as long."""
     with av.open(str(path), "w", format=container, options=options or {}) as output:
-        stream = output.add_stream(codec, rate=RATE)
+        stream = output.add_stream(codec, rate=rate)
         stream.pix_fmt, stream.codec_context.time_base = pix_fmt, time_base
         tone = output.add_stream(sound, rate=44100, layout="mono") if sound else None
         num_frames = 0
@@ -104,7 +106,9 @@ def write_video(
             num_frames += 1
         output.mux(stream.encode(None))
         if tone:
-            wave = np.sin(np.arange(44100 * num_frames // RATE) / 10).astype(np.float32)[None]
+            wave = np.sin(np.arange(round(44100 * (seconds or num_frames / RATE))) / 10).astype(np.float32)[
+                None
+            ]
             frame = av.AudioFrame.from_ndarray(wave, "fltp", "mono")
             frame.sample_rate, frame.pts = 44100, 0
             fifo = av.AudioFifo()
@@ -1499,3 +1503,44 @@ def test_window_without_opencv_names_the_remedy(run, monkeypatch):
     assert (code, out) == (1, "")
     assert "apt-get install libgl1 libglib2.0-0" in err
     assert len(err.splitlines()) == 1
+
+
+BURSTS = [0, 2000, 4000, 6000, 8000, *range(10_000, 10_240, 30), 15_000, 20_000]  # ms, as of a screen
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libvpx"])
+def test_bursts_in_a_matroska_video_of_a_low_mean_rate_keep_their_times(moving, tmp_path, codec):
+    """The file says that each frame lasts two seconds."""
+    how = {"codec": codec, "rate": Fraction(1, 2), "time_base": Fraction(1, 1000), "times": BURSTS}
+    clip = write_video(tmp_path / "clip.mkv", moving(len(BURSTS)), **how)
+    with contextlib.closing(Video(clip, 0, math.inf)) as video:
+        frames = list(video.frames())
+    assert [round(1000 * frame.time) for frame in frames] == BURSTS
+    assert [round(1000 * frame.duration) for frame in frames[:-1]] == np.diff(BURSTS).tolist()
+    assert video.lost == []
+
+
+def test_frames_of_a_browsers_recording_last_until_the_next(moving, tmp_path):
+    """It does not say how long a frame lasts, and FFmpeg then takes a millisecond."""
+    times = [0, 41, 70, 108, 141, 171, 199, 240]
+    how = {"codec": "libvpx", "time_base": Fraction(1, 1000), "times": times}
+    clip = write_video(tmp_path / "clip.webm", moving(len(times)), **how)
+    data = bytearray(clip.read_bytes())
+    start = data.index(bytes.fromhex("23e383"))  # DefaultDuration
+    length = 2 + (data[start + 3] & 0x7F)
+    data[start : start + 2 + length] = bytes([0xEC, 0x80 | length]) + bytes(length)  # Void
+    clip.write_bytes(data)
+    with contextlib.closing(Video(clip, 0, math.inf)) as video:
+        frames = list(video.frames())
+    assert [round(1000 * frame.duration) for frame in frames[:-1]] == np.diff(times).tolist()
+
+
+@pytest.mark.parametrize(("options", "seconds"), [((), 3), (("--end", 0.2), 0.2)])
+def test_sound_after_the_last_picture_stays_unless_the_end_is_cut_off(
+    run, moving, tmp_path, options, seconds
+):
+    clip = write_video(tmp_path / "clip.mp4", moving(10), sound="aac", seconds=3)
+    assert run(clip, *options)[0] == 0
+    with av.open(str(tmp_path / "clip_emotions.mp4")) as container:
+        stream = container.streams.audio[0]
+        assert float(stream.duration * stream.time_base) == pytest.approx(seconds, abs=0.1)
