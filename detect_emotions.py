@@ -2591,7 +2591,7 @@ def main(argv: list[str] | None = None) -> None:
     paths["--save-crops"] = args.save_crops and args.save_crops / "crops.csv"
     paths = {option: path for option, path in paths.items() if path and path != STDOUT}
     plan = plan_outputs(sources, not args.no_copies, paths, left_out)
-    plan = shared.gather(plan)[0]  # the first process's, here and below, for the folder may change meanwhile
+    plan = shared.gather(None if rank else plan)[0]  # here and below the first's: the folder may change
     settings = {name: getattr(args, name) for name in ROW_OPTIONS}
     settings["model"] = args.model.is_file() and shared.file_digest(args.model)
     is_anew = bool(args.overwrite or style != "text" or args.blur or args.report)  # these are of all inputs
@@ -2606,7 +2606,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     tables = list(results.tables.values())
     if not is_anew:
-        plan = shared.gather(leave_out_finished(plan, tables, left_out))[0]
+        plan = shared.gather(None if rank else leave_out_finished(plan, tables, left_out))[0]
     check_outputs(plan, [*paths.values(), *(table.journal for table in tables)], args.overwrite)
     is_live = args.show or (args.camera is not None and not (args.json or args.out_dir))
     window = Window("emotions, q ends") if is_live else None
