@@ -1109,7 +1109,7 @@ def hide_in_frames(
             if any(is_hidden for _, _, is_hidden in near):
                 times, known, _ = (np.array(part) for part in zip(*near, strict=True))
                 box = np.array([np.interp(now, times, side) for side in known.T])
-                away = np.abs(times - now).min() * HIDDEN_GROWTH
+                away = min(np.abs(times - now).min(), HIDDEN_AROUND) * HIDDEN_GROWTH
                 boxes.append(box + away * np.tile(box[2:] - box[:2], 2) * (-1, -1, 1, 1))
             elif not seen:
                 del sights[track]

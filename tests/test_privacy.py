@@ -181,6 +181,16 @@ def test_face_is_hidden_before_and_after_it_is_seen_and_in_between(look_ahead):
     assert changed == list(range(30 - round(10 * look_ahead), 36))
 
 
+def test_face_of_a_slide_show_leaves_the_slides_beside_to_be_seen():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (360, 640, 3), np.uint8))
+    face = {"track": 1, "box": (300, 150, 360, 210), "emotion": "sad"}
+    slides = [(Frame(i, Fraction(5 * i), Fraction(5), noise), [face] * (i == 1)) for i in range(3)]
+    for frame, _ in hide_in_frames(slides, {"sad"}, 7.5, 7.5):
+        changed = (np.asarray(frame.image) != np.asarray(noise)).any(2)
+        assert changed[150:210, 300:360].mean() > 0.9
+        assert changed.mean() < 0.2
+
+
 def test_frames_of_any_size_wait_in_bounded_memory():
     newest = 0
 
