@@ -2330,10 +2330,10 @@ def surviving(source: Source, failures: dict[Source, str]) -> Iterator[None]:
     """Let an error of one source be a line on stderr and in `failures`; the others are still worth it."""
     try:
         yield
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         lacks_memory = shared.lacks_memory(error)
-        is_bug = isinstance(error, RuntimeError) and not lacks_memory
-        if is_bug or isinstance(error, BrokenPipeError):
+        is_known = lacks_memory or isinstance(error, ValueError | OSError)
+        if not is_known or isinstance(error, BrokenPipeError):
             raise
         failures[source] = f"{source.path} needs more memory than there is" if lacks_memory else str(error)
         tqdm.write(f"error: {shared.printable(failures[source])}", file=sys.stderr)

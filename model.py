@@ -2923,10 +2923,10 @@ def _flush_stdout() -> None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Return whether an error is that there is too little memory; torch has no type of its own for it."""
-    text = str(error).lower()
-    is_torchs = isinstance(error, RuntimeError) and ("alloc" in text or "out of memory" in text)
-    return is_torchs or isinstance(error, MemoryError)
+    """Return whether an error is that there is too little memory; torch and OpenCV have no type for it."""
+    is_theirs = isinstance(error, RuntimeError) or type(error).__module__ == "cv2"
+    said = re.search("out of memory|insufficient memory|bad_alloc|allocat", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or (is_theirs and said is not None)
 
 
 def one_line_errors(main: Callable) -> Callable:

@@ -10,6 +10,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -824,6 +825,19 @@ def test_one_line_errors_lets_bugs_through(kind):
 
     with pytest.raises(kind):
         shared.one_line_errors(bug)()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (cv2.error("(-4:Insufficient memory) Failed to allocate 9 bytes in function"), True),
+        (RuntimeError("ncclSystemError: System call (e.g. socket, malloc) or external library call"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_too_little_memory_is_told_from_other_errors(error, is_memory):
+    assert shared.lacks_memory(error) == is_memory
 
 
 @pytest.mark.parametrize("take", [torch.empty, np.empty, bytearray])
