@@ -264,7 +264,8 @@ def is_own(path: Path) -> bool:
         return False
     with suppress(OSError), path.open("rb") as file:
         near_end = max(0, path.stat().st_size - 2**16)
-        for start, length in ((0, 2**16), (near_end, 2**16), (0, MARKED_WITHIN)):
+        pieces = ((start, 2**20 + len(MARK)) for start in range(0, MARKED_WITHIN, 2**20))  # each laps over
+        for start, length in ((0, 2**16), (near_end, 2**16), *pieces):
             file.seek(start)
             part = file.read(length)
             if MARK.encode() in part or part.startswith(TABLES):
