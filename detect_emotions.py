@@ -382,6 +382,8 @@ def leave_out_finished(
 ) -> dict[Source, dict[str, Path]]:
     """Leave out what has all its outputs, newer than itself, and its rows of all tables.
 
+    A video that was not labelled to its end has a timeline of the year 1970, see `label_all`.
+
     What was named, and not found in a folder or by a pattern, is left out only where there are tables.
     """
 
@@ -1498,7 +1500,7 @@ class Table:
                 with self.journal.open("ab") as self._file:
                     self.begin()
                     yield
-                if rank == 0:
+                if rank == 0 and (self.parts or not todo):  # of nothing but failures there is no table
                     self._write(columns)
             finally:
                 if not self.parts:
