@@ -180,13 +180,16 @@ def gather(value: object) -> list:
 
 def leave_others() -> None:
     """Go on alone: all processes but the first end here."""
-    rank, world = place()
-    if world > 1:
-        import torch
-
-        torch.distributed.destroy_process_group()
+    rank, _ = place()
+    _part()
     if rank:
         sys.exit()
+
+
+def _part() -> None:
+    """Take the group of processes down, if there is one; else its threads may abort this one as it ends."""
+    if place()[1] > 1:
+        sys.modules["torch"].distributed.destroy_process_group()
 
 
 # --- files ---
@@ -2947,8 +2950,10 @@ def one_line_errors(main: Callable) -> Callable:
                     main(argv)  # the warning's error, at twice the size, stays
             finally:
                 _flush_stdout()
-            if place()[1] > 1:  # else its threads may abort the process as it ends
-                sys.modules["torch"].distributed.destroy_process_group()
+            _part()
+        except SystemExit:
+            _part()
+            raise
         except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
         except Exception as error:
