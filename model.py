@@ -1034,6 +1034,7 @@ def _opencv() -> ModuleType | None:
         import cv2
     except ImportError:
         return None
+    cv2.setNumThreads(num_cores())  # with torchrun its share
     return cv2
 
 
@@ -2415,13 +2416,13 @@ def train_epoch(
 
     train_mode(net)
     rank, world = place()
-    start, seen, total_loss = time.perf_counter(), 0, 0.0
+    start, seen, total_loss, total = time.perf_counter(), 0, 0.0, len(data)
     title = f"epoch {epoch}/{schedule.epochs}"
-    with tqdm(total=len(data), desc=title, unit="image", disable=None, leave=False) as bar:
+    with tqdm(total=total, desc=title, unit="image", disable=None, leave=False) as bar:
         for step, batch in enumerate(data.train(epoch), start=1):
             # The middle of this step, so that neither the first nor the last has a learning rate of 0.
             n = len(batch[0])
-            progress = epoch - 1 + (seen + n / 2) / len(data)
+            progress = epoch - 1 + (seen + n / 2) / total
             lr = learning_rate(progress / schedule.epochs, schedule.lr)
             seen += n
             for group in optimizer.param_groups:
