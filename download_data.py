@@ -779,7 +779,11 @@ def work_off(
     is_done = search.get("exhausted") if target else search["asked"] >= query.limit
     if (is_done and not is_list) or not wanted():
         return
-    found, is_exhausted = new_results(start_engine()(query), known, dataset.barred_urls, query.text), False
+    results, is_exhausted = start_engine()(query), False
+    first = next(results, None)
+    if first is None:  # a page that is slow looks empty: the next run asks again
+        return
+    found = new_results(itertools.chain([first], results), known, dataset.barred_urls, query.text)
     with contextlib.closing(found):
         while not is_exhausted and (number := wanted()):
             chunk = []
@@ -789,8 +793,6 @@ def work_off(
                 if chunk:  # what came before the error
                     collect(dataset.note_search(search, chunk, len(known), False), chunk)
                 raise
-            if not known:  # a page that is slow looks empty: the next run asks again
-                return
             is_exhausted = len(chunk) < number
             asked = len(known) if target else query.limit
             search = dataset.note_search(search, chunk, asked, is_exhausted)

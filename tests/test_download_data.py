@@ -176,6 +176,23 @@ def test_a_search_that_found_nothing_is_made_again(out_dir):
     assert len(settled) == 1
 
 
+def test_a_search_for_more_that_finds_nothing_is_made_again(out_dir):
+    found = [download_data.Result(f"http://a.example/{i}.jpg") for i in range(9)]
+    answers = iter([found[:3], [], found])
+    out_dir.mkdir()
+    settled = []
+    for limit in (3, 9, 9):
+        download_data.work_off(
+            download_data.Query("hen", "hen", limit),
+            "google",
+            lambda: lambda query: iter(next(answers)),
+            download_data.DataSet(out_dir, None),
+            lambda search, results: settled.extend(results),
+            target=None,
+        )
+    assert {result.url for result in settled} == {result.url for result in found}
+
+
 # --- Google ---
 
 
