@@ -817,7 +817,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
         args.data_dir = args.data_dir.resolve()  # the folder of the faces is named after it
     if (args.data_dir / "train").is_dir():
         raise ValueError(f"{args.data_dir} has splits; pass {args.data_dir / 'train'}, or another of them")
-    args.faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
     if not args.evaluate:
         args.out_dir = args.out_dir or OUT_DIR
     return args, resumed
@@ -892,13 +891,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     taken = {"largest_face": args.largest_face, "limit": args.limit}
     if args.evaluate or args.review:
         shared.leave_others()
-    make_finder = (lambda: None) if args.cropped else functools.partial(shared.FaceFinder, device)
+    finder = None if args.cropped else shared.FaceFinder(device)
     if args.evaluate:
         model = shared.Classifier(args.evaluate, device, ["all"])
-        evaluate_photos(args.data_dir, model, make_finder(), out_dir=args.out_dir, csv_path=args.csv, **taken)
+        evaluate_photos(args.data_dir, model, finder, out_dir=args.out_dir, csv_path=args.csv, **taken)
         return
     found = shared.check_collections([args.data_dir])
-    with shared.only_run_in(args.out_dir, args.faces_dir):
+    faces_dir = args.faces_dir or args.data_dir.with_name(f"{args.data_dir.name}_faces")
+    with shared.only_run_in(args.out_dir, faces_dir):
         parent = shared.load_checkpoint(args.init, stages=("fer", "emotion"))
         collections = find_collections(args.mix)
         learned = sorted({*found, *(parent["classes"] if collections else ())})
@@ -910,11 +910,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"batch_size": args.batch_size, "balance": args.balance, "mixup": args.mixup}
         options |= {"image_size": args.image_size or parent["image_size"], "seed": args.seed}
         taken |= {"margin": parent["crop_margin"], "size": options["image_size"]}
-        cut = functools.partial(cut_photos, **taken)
-        records = shared.gather(None if rank else cut(args.data_dir, args.faces_dir, found, make_finder()))[0]
+        records = shared.gather(rank or cut_photos(args.data_dir, faces_dir, found, finder, **taken))[0]
         report_photos(records, found, corrections)
         split = {"val_fraction": args.val_fraction, "seed": args.seed}
-        faces = load_labelled(records, args.faces_dir, learned, corrections, **split)
+        faces = load_labelled(records, faces_dir, learned, corrections, **split)
         net = shared.load_network(parent, learned).to(device, memory_format=torch.channels_last)
         batches = functools.partial(shared.FaceBatches, device=device, **options)
         if args.review:
