@@ -323,8 +323,8 @@ def publish(staging: Path, kept: Sequence[Path], out_dir: Path, source: dict) ->
     others = set(find_images(out_dir)) - set(kept)
     for path in others:
         path.unlink()
-    for folder in {path.parent for path in others} - folders:
-        with contextlib.suppress(OSError):  # it holds other files too
+    for folder in {out_dir / split / label for split in USAGES.values() for label in LABELS} - folders:
+        with contextlib.suppress(OSError):  # it is not there, or holds other files
             folder.rmdir()
             folder.parent.rmdir()
 
