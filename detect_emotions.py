@@ -2393,8 +2393,8 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what pictures show").add_argument
     blur_help = (
         "make the heads of faces with these labels, or of all, a few squares in everything that shows them; "
-        "unsure faces too; in videos from half a second before (not live) until half a second after, and the "
-        "whole frame is searched at least every half second. What is finished is done again. Faces that are "
+        "unsure faces too; in videos from half a second, or a frame, before (not live) until as long after, "
+        "and the whole frame is searched at least as often. What is finished is done again. Faces that are "
         "not found stay as they are (a lower --min-face-prob finds more), and so does the sound"
     )
     add("--blur", nargs="+", default=(), metavar="NAME", help=blur_help)
