@@ -2238,12 +2238,12 @@ class Run:
         self._save(self.best_name, half_precision(weights), history)
 
     def save_last(self, net: nn.Module, history: list[dict], **training_state: dict) -> None:
-        """Write last.pt, with the optimizer's state and what else `fit` goes on from, and log.jsonl."""
-        job = os.environ.get("TORCHELASTIC_RUN_ID")
-        self._save("last.pt", net.state_dict(), history, job=job, **training_state)
+        """Write log.jsonl and, last, last.pt, with the optimizer's state and what else `fit` goes on from."""
         with replacing(self.out_dir / "log.jsonl") as temporary:
             lines = [json.dumps(past, allow_nan=False) + "\n" for past in history]
             temporary.write_text("".join(lines), encoding="utf-8")
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
+        self._save("last.pt", net.state_dict(), history, job=job, **training_state)
 
     def _save(self, name: str, weights: dict, history: list[dict], **training_state: dict) -> None:
         record = history[-1]

@@ -103,22 +103,26 @@ def test_distilling_brings_the_student_closer_and_leaves_the_rest_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kill", [(3, "last.pt"), (4, "log.jsonl")])
 def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(
-    tmp_path, photos_dir, teacher_path, start
+    tmp_path, photos_dir, teacher_path, start, kill
 ):
     options = f"--data-dir {photos_dir} --teacher-weights {teacher_path} --image-size 64 --arch tiny_resnet"
     options = [*options.split(), "--batch-size", "4", "--epochs", "4", "--lr", "0.001", "--out-dir"]
-    stop = [ROOT / "tests" / "stop_at.py", "SIGKILL", 3, "last.pt", "finetune_gray_imagenet.py"]
+    stop = [ROOT / "tests" / "stop_at.py", "SIGKILL", *kill, "finetune_gray_imagenet.py"]
     assert start(*stop, *options, tmp_path / "killed").wait() == -signal.SIGKILL
     last = tmp_path / "killed" / "last.pt"
     before = shared.load_checkpoint(last)
     finetune_gray_imagenet.main(["--resume", str(last)])
     finetune_gray_imagenet.main([*options, str(tmp_path / "whole")])
-    for name in ("last.pt", "best.pt"):
-        one, other = (shared.load_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
-        assert (before["epoch"], one["epoch"]) == (2, other["epoch"])
+    for kept in ("last.pt", "best.pt"):
+        one, other = (shared.load_checkpoint(tmp_path / run / kept) for run in ("killed", "whole"))
+        assert (before["epoch"], one["epoch"]) == (kill[0] - 1, other["epoch"])
         assert all(value.equal(one["model"][key]) for key, value in other["model"].items())
     assert not one["model"]["conv1.weight"].equal(before["model"]["conv1.weight"])
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("killed", "whole")]
+    losses, others = ([json.loads(line)["train_loss"] for line in log] for log in logs)
+    assert losses == others
 
 
 def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, monkeypatch):
