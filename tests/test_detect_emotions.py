@@ -787,6 +787,7 @@ def test_killed_run_leaves_nothing_half_and_the_next_one_clears_up(run, start, s
     assert names(tmp_path) == ["clip.mp4", *sorted(OUTPUTS), "x.png", "x_emotions.png"]
 
 
+@pytest.mark.slow
 def test_two_runs_over_one_folder_both_end_whole(run, start, small, tmp_path):
     write_video(tmp_path / "clip.mp4", [small.resize((320, 180))] * 5)
     small.save(tmp_path / "x.png")

@@ -736,6 +736,7 @@ def test_a_picture_that_stays_refused_is_asked_for_twice(out_dir, tmp_path):
     assert reasons(out_dir) == {"http error": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_date", [False, True])
 def test_a_host_is_left_alone_for_as_long_as_it_asks(is_date, out_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(download_data, "BACKOFF_S", 0.01)
@@ -756,6 +757,7 @@ def test_a_host_is_left_alone_for_as_long_as_it_asks(is_date, out_dir, tmp_path,
     assert times[1] - times[0] >= 1.9  # a date has no fractions
 
 
+@pytest.mark.slow
 def test_a_host_that_wants_hours_is_not_asked_again_in_this_run(out_dir, tmp_path):
     with serve(lambda handler: handler.answer(b"", status=503, Retry_After="3600")) as server:
         lines = [("tench", server.url(f"/photo?n={n}")) for n in range(5)]

@@ -94,6 +94,7 @@ def test_label_that_the_model_lacks_is_one_line(run, names):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_no_frame_of_a_large_video_goes_out_before_its_faces_are_found(run, tmp_path, monkeypatch):
     """So few frames fit into memory that none can wait for the next search of the usual rhythm."""
     monkeypatch.setattr(detect_emotions, "DELAY_PIXELS", 3 * 960 * 960)
@@ -191,6 +192,7 @@ def test_face_of_a_slide_show_leaves_the_slides_beside_to_be_seen():
         assert changed.mean() < 0.2
 
 
+@pytest.mark.slow
 def test_frames_of_any_size_wait_in_bounded_memory():
     newest = 0
 
