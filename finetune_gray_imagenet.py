@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import operator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import model as shared
@@ -28,36 +28,45 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
-    """Build the colour ResNet with ImageNet weights: a local state dict, else torchvision's download.
+def download_weights(arch: str) -> Path:
+    """Return the file of torchvision's ImageNet weights, which is downloaded unless torch has kept it.
 
     Raises:
-        ValueError: the file does not fit the architecture, or there is nothing to download for it, or the
-            download is damaged.
-        FileNotFoundError: there is no such file.
+        ValueError: there are none of this architecture, or they cannot be had.
     """
     import torch
     import torchvision
 
-    if weights_path is None:
-        if arch.endswith("_v1"):
-            raise ValueError(f"torchvision has no weights for {arch}; give them with --teacher-weights FILE")
+    if arch.endswith("_v1"):
+        raise ValueError(f"torchvision has no weights for {arch}; give them with --teacher-weights FILE")
+    url = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+    path = Path(torch.hub.get_dir(), "checkpoints", PurePath(url).name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha_prefix = path.stem.rpartition("-")[2]
         try:
-            return torchvision.models.get_model(arch, weights="IMAGENET1K_V1")
-        except OSError as error:
+            torch.hub.download_url_to_file(url, str(path), sha_prefix)
+        except (OSError, RuntimeError) as error:  # the second: of another hash
             raise ValueError(
                 f"could not download the weights of {arch} ({error}); give them with --teacher-weights FILE"
             ) from None
-        except Exception:  # a wrong hash, or of the dozen types that torch raises for a damaged file
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            raise ValueError(
-                f"what torchvision downloaded into {folder} is not the weights of {arch}; delete it and try "
-                "again, or give them with --teacher-weights FILE"
-            ) from None
+    return path
+
+
+def load_teacher(arch: str, weights_path: Path | None) -> nn.Module:
+    """Build the colour ResNet with ImageNet weights: a local state dict, else torchvision's download.
+
+    Raises:
+        ValueError: the file does not fit the architecture, or there is nothing to download for it.
+        FileNotFoundError: there is no such file.
+    """
+    expected = f"a state dict of torchvision's {arch}"
+    if weights_path is None:
+        weights_path = download_weights(arch)
+        expected += ", as it was downloaded (delete it to download it again)"
     if not weights_path.is_file():
         raise FileNotFoundError(f"there is no weights file {weights_path}; expected a state dict of a {arch}")
-    teacher, expected = shared.color_resnet(arch), f"a state dict of torchvision's {arch}"
-    weights = shared.load_tensors(weights_path, expected)
+    teacher, weights = shared.color_resnet(arch), shared.load_tensors(weights_path, expected)
     try:
         teacher.load_state_dict({name: value.float() for name, value in weights.items()})
     except (RuntimeError, AttributeError) as error:  # other names or shapes; no tensors

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,22 @@ def test_the_teacher_is_found_where_torchvision_keeps_its_downloads(tmp_path, mo
     assert teacher.fc.weight.equal(weights["fc.weight"])
 
 
+def test_weights_that_torch_has_not_kept_are_downloaded_once(tmp_path, monkeypatch):
+    got = tmp_path / "got.pth"
+    torch.save(shared.color_resnet("resnet18").state_dict(), got)
+    url = f"https://example.org/models/resnet18-{hashlib.sha256(got.read_bytes()).hexdigest()[:8]}.pth"
+    weights = {"IMAGENET1K_V1": SimpleNamespace(url=url)}
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda arch: weights)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    urlopen, asked = torch.hub.urlopen, []
+    monkeypatch.setattr(
+        torch.hub, "urlopen", lambda request: asked.append(request.full_url) or urlopen(got.as_uri())
+    )
+    first, again = (load_teacher("resnet18", None) for _ in range(2))
+    assert first.fc.weight.equal(again.fc.weight)
+    assert asked == [url]
+
+
 @pytest.mark.parametrize("broken", ["off", "empty", "page", "list", "other", "on its way"])
 def test_a_broken_download_of_the_teacher_is_one_line(tmp_path, monkeypatch, broken):
     """What is there already is not looked at before it is loaded; what comes has to have the right hash."""
@@ -151,8 +169,12 @@ def test_a_broken_download_of_the_teacher_is_one_line(tmp_path, monkeypatch, bro
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     urlopen = torch.hub.urlopen
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: urlopen(got.as_uri()))
-    with pytest.raises(ValueError, match=f"{kept.parent} is not the weights of resnet18; delete it and"):
+    says = rf"{kept} is not a state dict of torchvision's resnet18, .* \(delete it to download it again\): "
+    if path == got:
+        says = r"could not download the weights of resnet18 \(invalid hash value .*--teacher-weights FILE"
+    with pytest.raises(ValueError, match=says):
         load_teacher("resnet18", None)
+    assert kept.exists() == (path == kept)
 
 
 def test_two_unreadable_pictures_stop_a_small_run_and_what_macos_writes_does_not(
