@@ -182,8 +182,8 @@ def list_files(
             if not recursive:
                 left_out["subfolder (see --recursive)"] += len(subfolders)
                 break
-            paths = [os.path.join(folder, name) for name in subfolders]  # noqa: PTH118
-            left_out["linked folder"] += sum(map(os.path.islink, paths))  # Path's may raise
+            paths = [Path(folder, name) for name in subfolders]
+            left_out["linked folder"] += sum(map(os.path.islink, paths))  # the method of Path may raise
         return sorted(files)
     if not glob.has_magic(text) or path_kind(path):
         return None
