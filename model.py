@@ -181,12 +181,12 @@ def gather(value: object) -> list:
 def leave_others() -> None:
     """Go on alone: all processes but the first end here."""
     rank, _ = place()
-    _part()
+    _end_group()
     if rank:
         sys.exit()
 
 
-def _part() -> None:
+def _end_group() -> None:
     """Take the group of processes down, if there is one; else its threads may abort this one as it ends."""
     if place()[1] > 1:
         sys.modules["torch"].distributed.destroy_process_group()
@@ -2951,9 +2951,9 @@ def one_line_errors(main: Callable) -> Callable:
                     main(argv)  # the warning's error, at twice the size, stays
             finally:
                 _flush_stdout()
-            _part()
+            _end_group()
         except SystemExit:
-            _part()
+            _end_group()
             raise
         except BrokenPipeError:  # whoever reads stdout has enough
             sys.exit(1)
