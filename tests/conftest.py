@@ -101,6 +101,12 @@ def browser(tmp_path):
     browser.quit()
 
 
+def set_size(browser, width: int, height: int = 800) -> None:
+    """Give a browser's page a size in pixels, narrower than its window can be."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
 @pytest.fixture(scope="session")
 def sample_photo() -> Path:
     return ROOT / "resources" / "sample.jpg"

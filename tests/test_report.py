@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import FIVE, file_size_limit
+from conftest import FIVE, file_size_limit, set_size
 from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -272,8 +272,7 @@ def test_focus_by_keyboard_is_seen_on_a_face(run, browser, tmp_path):
 
 @pytest.mark.slow
 def test_printed_table_is_as_wide_as_the_paper_at_most(browser, crowd):
-    size = {"width": 718, "height": 1047, "deviceScaleFactor": 1, "mobile": False}  # A4 with margins of 1 cm
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set_size(browser, 718, 1047)  # A4 with margins of 1 cm
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     browser.get(crowd.as_uri())
     browser.execute_script("document.querySelector('[data-view=table]').click()")
@@ -284,7 +283,6 @@ def test_printed_table_is_as_wide_as_the_paper_at_most(browser, crowd):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 800, 1600])
 def test_page_fits_any_width(browser, crowd, width):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set_size(browser, width)
     browser.get(crowd.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_faces, write_checkpoint
+from conftest import make_faces, set_size, write_checkpoint
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.color import Color
@@ -161,8 +161,7 @@ def test_text_is_told_from_what_is_behind_it(scheme, browser, page):
 
 @pytest.mark.parametrize("width", [320, 390, 1600])
 def test_page_fits_any_width(width, browser, page):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    set_size(browser, width)
     browser.get(page.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     for card in browser.find_elements(By.TAG_NAME, "article"):
